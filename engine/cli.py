@@ -1,0 +1,225 @@
+"""What every script's command line shares: options, one-line errors, the device, plain terminals.
+
+Exit statuses: 0 done, 2 a mistake that one line explains, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import errno
+import math
+import os
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+EXIT_MISTAKE = 2
+
+
+class UserError(Exception):
+    """A wrong option, file or state of the machine: reported on one line, exit status 2, no traceback."""
+
+
+class Interrupted(BaseException):
+    """A signal asked the process to end. Derives from BaseException so that no `except Exception` eats it."""
+
+    def __init__(self, signum: int, message: str = "") -> None:
+        super().__init__(message)
+        self.exit_status = 128 + signum
+        self.message = message
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Each option with its default; None, booleans and flags carry theirs in their own words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default in (None, False, True, argparse.SUPPRESS) or "default" in (action.help or ""):
+            return action.help or ""
+        return super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line on stderr and that knows `--debug`."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=textwrap.dedent(description).strip(),
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def integer(minimum: int) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least `minimum`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is too small: at least {minimum} is needed")
+        return value
+
+    return parse
+
+
+def number(minimum: float, *, above: bool = False, maximum: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a finite number of at least `minimum` (strictly above it with `above`)."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not math.isfinite(value) or value < minimum or (above and value == minimum) or value > maximum:
+            lower = f"above {minimum:g}" if above else f"at least {minimum:g}"
+            upper = f" and at most {maximum:g}" if maximum < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} does not fit: {lower}{upper} is needed")
+        return value
+
+    return parse
+
+
+def add_data_options(parser: ArgumentParser, *, batch_size: int) -> None:
+    """The options of every script that touches the data: --data-dir --device --threads --batch-size."""
+    group = parser.add_argument_group("data and device")
+    group.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path(os.environ.get("CIFAR10_DIR") or "./data"),
+        help="folder of CIFAR-10; downloaded there if missing (default: $CIFAR10_DIR, else ./data)",
+    )
+    group.add_argument("--batch-size", type=integer(1), default=batch_size, help="images per batch")
+    group.add_argument("--limit-test", type=integer(1), metavar="N", help="score the first N test images only")
+    add_device_options(group)
+
+
+def add_device_options(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    group.add_argument("--threads", type=integer(1), metavar="N", help="CPU threads (default: torch's choice)")
+
+
+def add_output_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("."),
+        help="folder for what the script writes, created if missing (default: the working directory)",
+    )
+
+
+def select_device(name: str, threads: int | None = None) -> torch.device:
+    """The torch device of `--device`, with `--threads` applied.
+
+    Raises UserError for a device that this machine or this torch does not have.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: no such device; use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: not supported; use auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {name}: torch finds no Metal device; use --device cpu")
+    return device
+
+
+def prepare_output_dir(folder: Path) -> Path:
+    """Create `folder` if missing and prove that it can be written to.
+
+    Raises UserError, before any long work, if it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-probe-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: cannot be written to: {reason(error)}") from error
+    return folder
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+_PLAIN = {"✓": "[ok]", "⚠": "[!]", "✗": "[x]", "±": "+-", "×": "x", "–": "-", "—": "-", "…": "...", "µ": "u"}
+
+
+def _degrade(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(char, "?") for char in text), error.end
+
+
+def use_plain_text_where_needed() -> None:
+    """Let check marks become `[ok]` and the like on a terminal or pipe that cannot encode them."""
+    codecs.register_error("degrade", _degrade)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="degrade")
+
+
+def fail(message: str) -> int:
+    """Print `message` as exactly one line on stderr; return the exit status."""
+    print("Error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    return EXIT_MISTAKE
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main function and turn its errors into one line and an exit status."""
+    use_plain_text_where_needed()
+    debug = "--debug" in sys.argv
+    try:
+        main()
+        sys.stdout.flush()
+    except Interrupted as stop:
+        if stop.message:
+            print(stop.message, file=sys.stderr, flush=True)
+        sys.exit(stop.exit_status)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader (`| head`) is gone: nothing is left to say; stop the interpreter's own flush from complaining.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        sys.exit(fail(str(error)))
+    except MemoryError as error:
+        if debug:
+            traceback.print_exc()
+        sys.exit(fail(f"out of memory: {reason(error)}; use a smaller --batch-size or close other programs"))
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        where = f"{error.filename}: " if error.filename else ""
+        hint = "; free some space and run again" if error.errno == errno.ENOSPC else ""
+        sys.exit(fail(f"{where}{reason(error)}{hint}"))
