@@ -1,0 +1,117 @@
+"""What all tests share: the import path, small data, scripts run as processes with no way to the network."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT, ROOT / "tests"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+import data_files  # noqa: E402 - needs the path
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the tests marked `full` in their long form")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--full"):
+        return
+    for item in items:
+        if item.get_closest_marker("full"):
+            item.add_marker(pytest.mark.skip(reason="the long form: run with --full"))
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for --data-dir: 250 training images (50 a file) and 100 test images, binary format."""
+    return data_files.write_binary(tmp_path_factory.mktemp("small") / "cifar-10-batches-bin").parent
+
+
+@pytest.fixture(scope="session")
+def small_data_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images in the python format."""
+    return data_files.write_python(tmp_path_factory.mktemp("small-python") / "cifar-10-batches-py").parent
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """A folder for --data-dir that holds CIFAR-10 itself."""
+    folder = Path(os.environ.get("CIFAR10_DIR") or ROOT / "data").resolve()
+    names = (
+        "cifar-10-batches-bin/test_batch.bin",
+        "cifar-10-batches-py/test_batch",
+        "test_batch.bin",
+        "test_batch",
+    )
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        pytest.skip(f"no CIFAR-10 in {folder}: set CIFAR10_DIR or run python3 cifar10.py")
+    if (path.parent / "SHA256SUMS").exists():
+        pytest.skip(f"{path.parent} is not CIFAR-10")
+    return folder
+
+
+def offline_environment() -> dict[str, str]:
+    """The environment of child processes: one thread, and every way to the network leads to a closed port."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MPLBACKEND": "Agg",
+        "PYTHONIOENCODING": "utf-8",
+        "npm_config_offline": "true",
+        "NO_PROXY": "",
+        "no_proxy": "",
+    }
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        environment[name] = "http://127.0.0.1:9"
+    # The tests say themselves what they want of these.
+    for name in ("CIFAR10_DIR", "WANDB_MODE", "WANDB_API_KEY", "COLUMNS"):
+        environment.pop(name, None)
+    return environment
+
+
+@pytest.fixture(scope="session")
+def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """run_script("main.py", "--epochs", 1, cwd=folder): the script run by this Python; the finished process.
+
+    check: fail the test, showing what the script wrote, unless it exits 0. env: added to the environment.
+    """
+
+    def run(
+        script: str,
+        *arguments: object,
+        cwd: Path,
+        check: bool = True,
+        env: dict[str, str] | None = None,
+        timeout: float = 240,
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *map(str, arguments)],
+            cwd=cwd,
+            env=offline_environment() | (env or {}),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=timeout,
+        )
+        if check and done.returncode:
+            pytest.fail(
+                f"{script} exited with {done.returncode}\n{done.stdout}\n{done.stderr}", pytrace=False
+            )
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def child_environment() -> dict[str, str]:
+    """For tests that start processes themselves."""
+    return offline_environment()

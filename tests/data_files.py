@@ -1,0 +1,87 @@
+"""Small data in both official formats of CIFAR-10: ten classes that a network can learn in a few steps.
+
+Each class is a random pattern of 8 x 8 colours, enlarged to 32 x 32; an image is its class's pattern with
+noise. A folder gets a SHA256SUMS of its own, as data that is not CIFAR-10 must have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from pathlib import Path
+
+import numpy as np
+
+CLASS_NAMES = b"airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+def make_records(count: int, seed: int) -> np.ndarray:
+    """uint8 (count, 3073): label, then the red, green and blue plane. Equally many of each class, shuffled."""
+    patterns = np.random.default_rng(10).integers(40, 216, (10, 3, 8, 8)).repeat(4, axis=2).repeat(4, axis=3)
+    random = np.random.default_rng(seed)
+    labels = random.permutation(np.arange(count) % 10)
+    pixels = patterns[labels] + random.normal(0, 25, (count, 3, 32, 32))
+    pixels = pixels.clip(0, 255).astype(np.uint8).reshape(count, -1)
+    return np.concatenate([labels.astype(np.uint8)[:, None], pixels], axis=1)
+
+
+def make_files(train: int, test: int, seed: int) -> dict[str, np.ndarray]:
+    """Records by the name of the batch; `train` images in five batches of (nearly) one size."""
+    batches = {f"data_batch_{number}": 0 for number in range(1, 6)}
+    records = np.array_split(make_records(train, seed), 5)
+    return dict(zip(batches, records, strict=True)) | {"test_batch": make_records(test, seed + 1)}
+
+
+def write_binary(folder: Path, train: int = 250, test: int = 100, seed: int = 0) -> Path:
+    """Write data_batch_1.bin to data_batch_5.bin, test_batch.bin and SHA256SUMS; return `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, records in make_files(train, test, seed).items():
+        (folder / f"{name}.bin").write_bytes(records.tobytes())
+    return write_sums(folder)
+
+
+def write_python(folder: Path, train: int = 250, test: int = 100, seed: int = 0) -> Path:
+    """Write data_batch_1 to data_batch_5, test_batch, batches.meta and SHA256SUMS, with the images of
+    `write_binary` for the same arguments; return `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, records in make_files(train, test, seed).items():
+        (folder / name).write_bytes(pickle_batch(name, records))
+    meta = b"\x80\x02}" + _text(b"label_names") + b"](" + b"".join(map(_text, CLASS_NAMES)) + b"es."
+    (folder / "batches.meta").write_bytes(meta)
+    return write_sums(folder)
+
+
+def write_sums(folder: Path) -> Path:
+    """Write the SHA256SUMS of all files in `folder`, as `sha256sum *` does."""
+    files = sorted(path for path in folder.iterdir() if path.name != "SHA256SUMS")
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
+    (folder / "SHA256SUMS").write_text("".join(lines))
+    return folder
+
+
+def pickle_batch(name: str, records: np.ndarray) -> bytes:
+    """A batch as Python 2 pickled it for CIFAR-10: byte strings throughout, protocol 2.
+
+    Python 3 cannot write such a file, so the operations are written one by one.
+    """
+    rows, pixels = len(records), records[:, 1:].tobytes()
+    dtype = b"cnumpy\ndtype\n" + _text(b"u1") + b"K\x00K\x01\x87R(K\x03" + _text(b"|") + b"NNN" + _int(-1) * 2
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85"
+        + _text(b"b")
+        + b"\x87R"  # an empty one
+        b"(K\x01" + _int(rows) + _int(3072) + b"\x86" + dtype + b"K\x00tb"  # its shape and type
+        b"\x89T" + struct.pack("<i", len(pixels)) + pixels + b"tb"  # and its bytes
+    )
+    labels = b"](" + b"".join(b"K" + bytes([label]) for label in records[:, 0]) + b"e"
+    names = b"](" + b"".join(_text(b"image_%d.png" % row) for row in range(rows)) + b"e"
+    items = {b"batch_label": _text(name.encode()), b"labels": labels, b"data": array, b"filenames": names}
+    return b"\x80\x02}(" + b"".join(_text(key) + value for key, value in items.items()) + b"u."
+
+
+def _text(text: bytes) -> bytes:
+    return b"U" + bytes([len(text)]) + text
+
+
+def _int(number: int) -> bytes:
+    return b"J" + struct.pack("<i", number)
