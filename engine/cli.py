@@ -95,9 +95,7 @@ def add_data_options(parser: ArgumentParser, *, batch_size: int) -> None:
     group = parser.add_argument_group("data and device")
     add_data_dir_option(group)
     group.add_argument("--batch-size", type=integer(1), default=batch_size, help="images per batch")
-    group.add_argument(
-        "--limit-test", type=integer(1), metavar="N", help="score the first N test images only"
-    )
+    group.add_argument("--limit-test", type=integer(1), metavar="N", help="score the first N test images only")
     add_device_options(group)
 
 
@@ -112,9 +110,7 @@ def add_data_dir_option(parser: argparse._ActionsContainer) -> None:
 
 def add_device_options(group: argparse._ActionsContainer) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    group.add_argument(
-        "--threads", type=integer(1), metavar="N", help="CPU threads (default: torch's choice)"
-    )
+    group.add_argument("--threads", type=integer(1), metavar="N", help="CPU threads (default: torch's choice)")
 
 
 def add_output_option(parser: argparse._ActionsContainer) -> None:
@@ -147,9 +143,7 @@ def select_device(name: str, threads: int | None = None) -> torch.device:
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {name}: not supported; use auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices; use --device cpu"
-        )
+        raise UserError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices; use --device cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device {name}: torch finds no Metal device; use --device cpu")
     return device

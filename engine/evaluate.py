@@ -1,0 +1,93 @@
+"""Score a network on a set of images: every image, exactly once."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from engine import distributed
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a network scored. loss: mean cross-entropy in nats; confusion: int64 (true class, predicted class)."""
+
+    loss: float
+    confusion: Tensor
+    seconds: float
+
+    @property
+    def images(self) -> int:
+        return int(self.confusion.sum())
+
+    @property
+    def correct(self) -> int:
+        return int(self.confusion.diagonal().sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Per cent of the images classified correctly."""
+        return 100 * self.correct / self.images
+
+    @property
+    def per_class(self) -> Tensor:
+        """Per cent correct of each true class, float64 (classes,); NaN for a class with no image."""
+        return 100 * self.confusion.diagonal().double() / self.confusion.sum(1)
+
+    def accuracy_line(self) -> str:
+        return f"Test Accuracy: {self.accuracy:.2f}%"
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    images: int,
+    *,
+    logit_scale: float = 1.0,
+    classes: int = 10,
+    progress: str = "",
+) -> Scores:
+    """Score `model`, in evaluation mode and float32, on (images, labels) batches that hold `images` images in all.
+
+    With several processes each passes its own batches, and `images` counts those of all of them.
+    logit_scale: multiplies the logits in the loss; predictions do not depend on it.
+    progress: the label of a progress bar, shown on a terminal only.
+    Raises RuntimeError where the batches did not hold exactly that many images, ValueError for NaN logits.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
+    loss_sum = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+    started = time.perf_counter()
+    bar = tqdm(
+        total=images,
+        desc=progress,
+        unit=" images",
+        leave=False,
+        disable=not (progress and sys.stderr.isatty()),
+    )
+    try:
+        with bar:
+            for inputs, labels in batches:
+                logits = model(inputs).float()
+                loss_sum += F.cross_entropy(logits * logit_scale, labels, reduction="sum")
+                confusion += torch.bincount(labels * classes + logits.argmax(1), minlength=classes * classes)
+                bar.update(len(labels))
+    finally:
+        model.train(was_training)
+    confusion = distributed.sum_over_ranks(confusion).reshape(classes, classes).cpu()
+    loss = float(distributed.sum_over_ranks(loss_sum)) / max(images, 1)
+    if int(confusion.sum()) != images:
+        raise RuntimeError(f"{int(confusion.sum())} of {images} images were scored")
+    if loss != loss:
+        raise ValueError("the network's outputs are NaN")
+    return Scores(loss, confusion, time.perf_counter() - started)

@@ -1,0 +1,165 @@
+"""Files that survive a kill: atomic writes, sets moved aside, a folder lock that dies with its process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO, Any
+
+from engine.cli import UserError, reason
+
+_TEMPORARY = ".tmp-"
+_STALE_SECONDS = 3600
+
+
+def atomic_write(path: Path, write: bytes | Callable[[IO[bytes]], Any]) -> None:
+    """Write `path` so that whoever looks, and whenever we are killed, sees the old file or the new one.
+
+    write: the content, or a function that writes it to an open binary file.
+    Raises UserError naming the file where it cannot be written; the old file then still stands.
+    """
+    temporary = path.with_name(f"{path.name}{_TEMPORARY}{uuid.uuid4().hex[:8]}")  # does not end in .pth
+    try:
+        try:
+            with open(temporary, "xb") as file:
+                if callable(write):
+                    write(file)
+                else:
+                    file.write(write)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        kept = "; the file that was there is untouched" if path.exists() else ""
+        raise UserError(f"{path}: cannot be written: {reason(error)}{kept}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable, where the system lets a folder be opened (POSIX)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path, names: Iterable[str], *, sole_writer: bool) -> None:
+    """Delete what killed writers of `names` left behind in `folder`.
+
+    sole_writer: no other process writes these names (the folder lock is held), so every leftover is dead;
+    otherwise only those of an hour ago and older go.
+    """
+    for name in names:
+        for path in folder.glob(f"{name}{_TEMPORARY}*"):
+            try:
+                if sole_writer or time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    path.unlink()
+            except OSError:
+                continue  # another process was faster, or it is not ours to delete
+
+
+def set_aside(folder: Path, names: Iterable[str]) -> Path | None:
+    """Move the files of `names` that exist into one new folder `previous-N`; return it, or None if none exists.
+
+    Raises UserError where they cannot be moved.
+    """
+    present = [folder / name for name in names if (folder / name).exists()]
+    if not present:
+        return None
+    number = 1
+    while True:
+        target = folder / f"previous-{number}"
+        try:
+            target.mkdir()
+            break
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise UserError(f"{target}: cannot be created: {reason(error)}") from error
+    for path in present:
+        try:
+            os.replace(path, target / path.name)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be moved to {target}: {reason(error)}") from error
+    return target
+
+
+class FolderLock:
+    """One training run a folder. The operating system drops the lock when the process dies, however it dies.
+
+    Raises UserError naming the process that holds the folder.
+    """
+
+    NAME = ".run.lock"
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / self.NAME
+        try:
+            self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the run lasts
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be opened: {reason(error)}") from error
+        if not _try_lock(self._file):
+            holder = self._holder()
+            self._file.close()
+            raise UserError(
+                f"{folder}: another run is using this folder ({holder}); give this one its own --output-dir"
+            )
+        self._file.seek(1)
+        self._file.truncate()
+        about = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        # The first byte is the one that is locked: on Windows nobody else can read it.
+        self._file.write("\n" + json.dumps(about | {"command": " ".join(sys.argv)[:200]}))
+        self._file.flush()
+
+    def _holder(self) -> str:
+        try:
+            self._file.seek(1)
+            about = json.loads(self._file.read())
+            return f"process {about['pid']} on {about['host']} since {about['since']}: {about['command']}"
+        except (OSError, ValueError, KeyError):
+            return "its process has not said which it is"
+
+    def release(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _try_lock(file: IO[str]) -> bool:
+    """Lock the first byte of `file` without waiting; False where another process has it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        if os.name == "nt":
+            return False
+        raise
+    return True

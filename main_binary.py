@@ -1,0 +1,182 @@
+"""Train a CIFAR-10 ResNet whose weights are one bit each, with BinaryConnect.
+
+    python3 main_binary.py                             150 epochs of ResNet-20
+    python3 main_binary.py --epochs 10                 a short run
+    python3 main_binary.py --teacher best_model.pth    learn from a full-precision network too
+    python3 main_binary.py --resume                    go on after an interruption
+
+Courbariaux, Bengio and David, "BinaryConnect", 2015 (arXiv:1511.00363), algorithm 1: `train_step` below.
+Writes best_model.pth (latent weights in [-1, 1], chosen on the accuracy of their signs), final_model.pth,
+checkpoint_last.pth, metrics.csv and training_curves.png.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import cifar10
+from engine import checkpoint, cli, distributed, training
+from engine.cli import UserError
+from engine.evaluate import Scores, evaluate
+from engine.tracking import SignWatch
+from models import BC, ResNetS, build
+from models.bitpack import fold_normalisation
+
+
+def make_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser("Train a CIFAR-10 ResNet whose weights are one bit each, with BinaryConnect.")
+    training.add_training_options(parser, lr=0.1, weight_decay=1e-3)
+    group = parser.add_argument_group("BinaryConnect (--lr and --weight-decay are those of all other parameters)")
+    group.add_argument("--optimizer", choices=("adam", "sgd"), default="adam", help="optimiser of the latent weights")
+    group.add_argument(
+        "--latent-lr", type=cli.number(0), default=0.01, help="peak learning rate of the latent weights"
+    )
+    group.add_argument(
+        "--latent-weight-decay", type=cli.number(0), default=0.0, help="L2 penalty on the latent weights"
+    )
+    group.add_argument(
+        "--logit-scale",
+        type=cli.number(0, above=True),
+        default=0.125,
+        help="constant on the network's whole output, in the loss only: it changes no prediction",
+    )
+    group.add_argument(
+        "--stochastic", action="store_true", help="draw the signs at random, as the paper's section 2.3"
+    )
+    group.add_argument("--init", type=Path, metavar="CKPT", help="start from these weights, clipped to [-1, 1]")
+    group.add_argument("--teacher", type=Path, metavar="CKPT", help="distil from this full-precision checkpoint")
+    group.add_argument("--temperature", type=cli.number(0, above=True), default=4.0, help="of the distillation")
+    group.add_argument(
+        "--teacher-weight",
+        type=cli.number(0, maximum=1),
+        default=0.9,
+        help="share of the teacher in the loss",
+    )
+    return parser
+
+
+def load_init(path: Path | None, arch: str) -> checkpoint.Checkpoint | None:
+    """The checkpoint of --init. Raises UserError where it is of another architecture or packed."""
+    if path is None:
+        return None
+    loaded = checkpoint.load(path)
+    if loaded.arch != arch:
+        raise UserError(f"--init {path}: is a {loaded.arch}, but --arch is {arch}")
+    if loaded.kind == checkpoint.BINARY_1BIT:
+        raise UserError(f"--init {path}: a 1-bit file has no latent weights; use the checkpoint it was made from")
+    return loaded
+
+
+def load_teacher(path: Path | None) -> ResNetS | None:
+    """The network of --teacher, BatchNorm folded: the same outputs for less work. Any architecture of ours."""
+    if path is None:
+        return None
+    loaded = checkpoint.load(path)
+    if loaded.kind not in ("float", "unknown"):
+        raise UserError(f"--teacher {path}: its weights are {loaded.kind}; a full-precision checkpoint is needed")
+    return fold_normalisation(loaded.model())
+
+
+def make_optimizers(args: object, bc: BC) -> list[Optimizer]:
+    """One optimiser for the latent weights, one for biases and BatchNorm.
+
+    Weight decay would drag latent weights towards zero, where signs flip at random: they have their own.
+    """
+    latent = bc.targets()
+    ours = {id(weight) for weight in latent}
+    others = [p for p in bc.model.parameters() if id(p) not in ours]
+    group = {"params": latent, "name": "latent_lr"}
+    if args.optimizer == "adam":
+        first: Optimizer = torch.optim.Adam([group], lr=args.latent_lr, weight_decay=args.latent_weight_decay)
+    else:
+        first = torch.optim.SGD(
+            [group], lr=args.latent_lr, momentum=0.9, nesterov=True, weight_decay=args.latent_weight_decay
+        )
+    second = torch.optim.SGD(others, lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+    return [first, second]
+
+
+def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """Hinton, Vinyals and Dean 2015: temperature^2 * KL(teacher || student), of softened outputs (N, 10), in nats."""
+    student = F.log_softmax(logits / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def train(run: training.Run, init: checkpoint.Checkpoint | None, teacher: nn.Module | None) -> None:
+    args = run.args
+    data = cifar10.load(
+        args.data_dir, val_size=args.val_size, limit_train=args.limit_train, limit_test=args.limit_test
+    )
+    rank, world_size = distributed.rank(), distributed.world_size()
+    loader = cifar10.TrainLoader(
+        data.train, args.batch_size, seed=args.seed, device=run.device, rank=rank, world_size=world_size
+    )
+
+    torch.manual_seed(args.seed)
+    model = build(args.arch)
+    if init:
+        model.load_state_dict(init.state_dict)
+    bc = run.place(BC(model, stochastic=args.stochastic))
+    bc.clip()
+    optimizers = make_optimizers(args, bc)
+    network = run.wrap(bc, len(data.train))
+    if teacher:
+        teacher = run.place(teacher)
+
+    def criterion(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
+        if teacher is None:
+            return loss
+        with torch.no_grad(), run.autocast():
+            teacher_logits = teacher(images)
+        learned = distillation(logits, teacher_logits.float(), args.temperature)
+        return args.teacher_weight * learned + (1 - args.teacher_weight) * loss
+
+    def train_step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        bc.binarization()  # 1. binarise: the weights become sign(w), the latent weights w are put by
+        with run.autocast():
+            logits = network(images)  # 2. forward with binary weights: (N, 3, 32, 32) -> (N, 10)
+        loss = criterion(args.logit_scale * logits.float(), images, labels)
+        run.backward(loss)  # 3. backward, with binary weights as well
+        bc.restore()  # 4. the latent weights are back, the gradient is still that of the binary ones
+        run.step(*optimizers)  # 5. optimiser step on the latent weights: small changes add up to a flip
+        bc.clip()  # 6. the latent weights stay in [-1, 1]
+        return loss, logits
+
+    def score(split_name: str) -> Scores:
+        split = getattr(data, split_name)
+        batches = cifar10.eval_batches(split, training.EVAL_BATCH, run.device, rank=rank, world_size=world_size)
+        with bc.binarized():  # the binarised network is the result: it is what is scored and chosen
+            return evaluate(model, batches, len(split), logit_scale=args.logit_scale)
+
+    run.describe(model, len(data.train), data.scored_on)
+    training.fit(
+        run,
+        model,
+        optimizers,
+        loader,
+        train_step,
+        score,
+        chosen_on="val" if data.val else "test",
+        watch=SignWatch(bc),
+        about={"logit_scale": args.logit_scale},
+    )
+
+
+def main() -> None:
+    with training.closing(training.Run.start(make_parser(), kind="latent")) as run:
+        # A resumed run has its weights already; the teacher it needs in any case.
+        init = None if run.resumed else load_init(run.args.init, run.args.arch)
+        train(run, init, load_teacher(run.args.teacher))
+
+
+if __name__ == "__main__":
+    cli.run(main)
