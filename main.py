@@ -14,18 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cifar10
-from engine import cli, distributed, training
+from engine import cli, distributed
 from engine.evaluate import Scores, evaluate
+from engine.run import Run, add_training_options, closing
+from engine.training import EVAL_BATCH, fit
 from models import build
 
 
 def make_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Train a CIFAR-10 ResNet in full precision.")
-    training.add_training_options(parser, lr=0.1, weight_decay=1e-3)
+    add_training_options(parser, lr=0.1, weight_decay=1e-3)
     return parser
 
 
-def train(run: training.Run) -> None:
+def train(run: Run) -> None:
     args = run.args
     data = cifar10.load(
         args.data_dir, val_size=args.val_size, limit_train=args.limit_train, limit_test=args.limit_test
@@ -53,15 +55,15 @@ def train(run: training.Run) -> None:
 
     def score(split_name: str) -> Scores:
         split = getattr(data, split_name)
-        batches = cifar10.eval_batches(split, training.EVAL_BATCH, run.device, rank=rank, world_size=world_size)
+        batches = cifar10.eval_batches(split, EVAL_BATCH, run.device, rank=rank, world_size=world_size)
         return evaluate(model, batches, len(split))
 
     run.describe(model, len(data.train), data.scored_on)
-    training.fit(run, model, [optimizer], loader, train_step, score, chosen_on="val" if data.val else "test")
+    fit(run, model, [optimizer], loader, train_step, score, chosen_on="val" if data.val else "test")
 
 
 def main() -> None:
-    with training.closing(training.Run.start(make_parser(), kind="float")) as run:
+    with closing(Run.start(make_parser(), kind="float")) as run:
         train(run)
 
 

@@ -20,17 +20,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import cifar10
-from engine import checkpoint, cli, distributed, training
+from engine import checkpoint, cli, distributed
 from engine.cli import UserError
 from engine.evaluate import Scores, evaluate
+from engine.run import Run, add_training_options, closing
 from engine.tracking import SignWatch
+from engine.training import EVAL_BATCH, fit
 from models import BC, ResNetS, build
 from models.bitpack import fold_normalisation
 
 
 def make_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Train a CIFAR-10 ResNet whose weights are one bit each, with BinaryConnect.")
-    training.add_training_options(parser, lr=0.1, weight_decay=1e-3)
+    add_training_options(parser, lr=0.1, weight_decay=1e-3)
     group = parser.add_argument_group("BinaryConnect (--lr and --weight-decay are those of all other parameters)")
     group.add_argument("--optimizer", choices=("adam", "sgd"), default="adam", help="optimiser of the latent weights")
     group.add_argument(
@@ -108,7 +110,7 @@ def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> 
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def train(run: training.Run, init: checkpoint.Checkpoint | None, teacher: nn.Module | None) -> None:
+def train(run: Run, init: checkpoint.Checkpoint | None, teacher: nn.Module | None) -> None:
     args = run.args
     data = cifar10.load(
         args.data_dir, val_size=args.val_size, limit_train=args.limit_train, limit_test=args.limit_test
@@ -153,12 +155,12 @@ def train(run: training.Run, init: checkpoint.Checkpoint | None, teacher: nn.Mod
 
     def score(split_name: str) -> Scores:
         split = getattr(data, split_name)
-        batches = cifar10.eval_batches(split, training.EVAL_BATCH, run.device, rank=rank, world_size=world_size)
+        batches = cifar10.eval_batches(split, EVAL_BATCH, run.device, rank=rank, world_size=world_size)
         with bc.binarized():  # the binarised network is the result: it is what is scored and chosen
             return evaluate(model, batches, len(split), logit_scale=args.logit_scale)
 
     run.describe(model, len(data.train), data.scored_on)
-    training.fit(
+    fit(
         run,
         model,
         optimizers,
@@ -172,7 +174,7 @@ def train(run: training.Run, init: checkpoint.Checkpoint | None, teacher: nn.Mod
 
 
 def main() -> None:
-    with training.closing(training.Run.start(make_parser(), kind="latent")) as run:
+    with closing(Run.start(make_parser(), kind="latent")) as run:
         # A resumed run has its weights already; the teacher it needs in any case.
         init = None if run.resumed else load_init(run.args.init, run.args.arch)
         train(run, init, load_teacher(run.args.teacher))

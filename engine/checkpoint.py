@@ -58,7 +58,7 @@ _MOST_NODES = 200_000  # values in one file: lists that share or hold themselves
 
 @dataclass
 class Checkpoint:
-    """A checkpoint as loaded: the network's own names, float32 tensors on the CPU, and what the file says of itself."""
+    """A checkpoint as loaded: the network's names, float32 tensors on the CPU, and what the file says of itself."""
 
     path: Path
     sha256: str
@@ -94,8 +94,8 @@ def library_versions() -> dict[str, str]:
 def make(arch: str, kind: str, weights: dict[str, Tensor] | None, **more: Any) -> dict[str, Any]:
     """The dictionary of a checkpoint, without its checksum; `more` adds or overrides entries.
 
-    weights: the state_dict, moved to the CPU in plain row-major memory, so that a file does not depend on where or in which
-    memory format the network was trained. None for a 1-bit file.
+    weights: the state_dict, moved to the CPU in plain row-major memory, so that a file does not depend on where or
+    in which memory format the network was trained. None for a 1-bit file.
     """
     made: dict[str, Any] = {"format_version": FORMAT_VERSION, "arch": arch, "kind": kind}
     if weights is not None:

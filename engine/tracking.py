@@ -34,7 +34,7 @@ def write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
 
 
 def draw_curves(folder: Path, history: list[dict[str, float]], title: str) -> None:
-    """Save training_curves.png: loss, accuracy, learning rate and, for BinaryConnect, flipped and saturated weights."""
+    """Save training_curves.png: loss, accuracy, learning rate; for BinaryConnect flipped and saturated weights."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,19 +1,16 @@
-"""What both trainings share: options, schedule, the loop, progress, stopping, resuming, saving.
+"""The loop that both trainings share: schedule, progress, stopping, resuming, saving.
 
-A script makes a `Run` (device, folder, what it resumes), builds its network and optimisers, and gives `fit` the
-function that does one step. The step itself is in the script.
+A script makes a `Run` (engine/run.py), builds its network and optimisers, and gives `fit` the function that does one
+step. The step itself is in the script.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,18 +21,14 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 from tqdm import tqdm
 
 from engine import checkpoint as checkpoints
-from engine import cli, distributed, runtime
+from engine import distributed
 from engine.checkpoint import BEST, FINAL, LAST
-from engine.cli import Interrupted, UserError
+from engine.cli import Interrupted, UserError, reason
 from engine.evaluate import Scores
-from engine.files import FolderLock, remove_leftovers, set_aside
-from engine.tracking import CURVES, METRICS, WandbRun, draw_curves, write_metrics
-from models import ARCHITECTURES
-from models.resnet_s import weight_layers
+from engine.files import set_aside
+from engine.run import RUN_FILES, Run, plain_options
+from engine.tracking import WandbRun, draw_curves, write_metrics
 
-RUN_FILES = (BEST, FINAL, LAST, METRICS, CURVES)
-# What may differ between the two parts of a resumed run; every other option must be what it was.
-FREE_OPTIONS = {"resume", "debug", "data_dir", "output_dir", "device", "threads", "wandb"}
 EVAL_BATCH = 500  # images per batch when scoring; any size gives the same figures but for rounding
 _LOOK_SECONDS = 0.5  # how often the numbers are fetched from the device for the progress bar
 _CURVES_SECONDS = 60.0  # drawing takes about a second: not at the end of every short epoch
@@ -59,208 +52,6 @@ class EpochWatch(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-def add_training_options(parser: cli.ArgumentParser, *, lr: float, weight_decay: float) -> None:
-    """The options that main.py and main_binary.py share."""
-    model = parser.add_argument_group("network and schedule")
-    model.add_argument("--arch", choices=ARCHITECTURES, default="resnet20", help="network")
-    model.add_argument("--epochs", type=cli.integer(1), default=150, help="passes over the training set")
-    model.add_argument("--lr", type=cli.number(0), default=lr, help="peak learning rate")
-    model.add_argument("--weight-decay", type=cli.number(0), default=weight_decay, help="L2 penalty")
-    model.add_argument("--label-smoothing", type=cli.number(0, maximum=1), default=0.1, help="label smoothing")
-    model.add_argument(
-        "--warmup-epochs",
-        type=cli.number(0),
-        default=5.0,
-        help="epochs of linear warm-up; cosine annealing after it",
-    )
-    model.add_argument("--seed", type=cli.integer(0), default=0, help="seed of initialisation, order, augmentation")
-    cli.add_data_options(parser, batch_size=128)
-    data = parser.add_argument_group("data for trials")
-    data.add_argument(
-        "--val-size",
-        type=cli.integer(0),
-        default=0,
-        metavar="N",
-        help="hold out N training images, choose on them",
-    )
-    data.add_argument("--limit-train", type=cli.integer(2), metavar="N", help="train on N images only")
-    run = parser.add_argument_group("run")
-    cli.add_output_option(run)
-    run.add_argument(
-        "--resume",
-        nargs="?",
-        const=LAST,
-        metavar="CKPT",
-        help=f"go on from CKPT (default: {LAST} in the output folder); options not given are those of the run",
-    )
-    run.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="torch.compile the network (default: where it works and the run is long enough to repay it)",
-    )
-    run.add_argument(
-        "--precision",
-        choices=("auto", *runtime.PRECISIONS),
-        default="auto",
-        help="of the convolutions in training; auto: bfloat16 or float16 where the hardware has units for it",
-    )
-    run.add_argument(
-        "--wandb",
-        choices=("auto", "online", "offline", "disabled"),
-        default="auto",
-        help="Weights & Biases; auto: online where an API key is configured, else offline",
-    )
-
-
-def parse(parser: cli.ArgumentParser) -> tuple[argparse.Namespace, set[str]]:
-    """The parsed options, and the names of those given on the command line."""
-    args = parser.parse_args()
-    unset = object()
-    given = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
-    return args, {name for name, value in vars(given).items() if value is not unset}
-
-
-@dataclass
-class Run:
-    """One training run: its options, its machine, its folder, and what it resumes.
-
-    Everything that can be refused is refused here, before any data is fetched.
-    """
-
-    args: argparse.Namespace
-    device: torch.device
-    folder: Path
-    kind: str  # of the weights that are saved: "float" or "latent"
-    resumed: checkpoints.Checkpoint | None
-    lock: FolderLock | None
-    precision: str = "float32"
-    compiled: bool = False
-    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
-
-    @classmethod
-    def start(
-        cls, parser: cli.ArgumentParser, kind: str, check: Callable[[argparse.Namespace], None] | None = None
-    ) -> Run:
-        """Read the command line and make the run ready.
-
-        check: looks at the options once they are complete; raises UserError.
-        """
-        runtime.silence_compiler()
-        runtime.keep_freed_memory()
-        args, given = parse(parser)
-        resumed = None
-        if args.resume is not None:
-            path = args.output_dir / LAST if args.resume == LAST else Path(args.resume)
-            resumed = _load_resumable(path, kind)
-            _adopt_options(args, given, resumed)
-        if check:
-            check(args)
-        device = distributed.start(cli.select_device(args.device, args.threads))
-        if args.batch_size % distributed.world_size():
-            raise UserError(
-                f"--batch-size {args.batch_size} cannot be shared by {distributed.world_size()} processes"
-            )
-        folder = cli.prepare_output_dir(args.output_dir)
-        lock = FolderLock(folder) if distributed.is_writer() else None
-        if lock:
-            remove_leftovers(folder, RUN_FILES, sole_writer=True)
-        run = cls(args, device, folder, kind, resumed, lock)
-        run.precision = (
-            resumed.raw["training"]["precision"] if resumed else runtime.choose_precision(args.precision, device)
-        )
-        run.scaler = runtime.gradient_scaler(run.precision, device)
-        return run
-
-    def say(self, text: str = "") -> None:
-        """Print one line, in the writing process only."""
-        if distributed.is_writer() and text is not None:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-
-    def describe(self, model: nn.Module, train_images: int, scored_on: str) -> None:
-        """Print the head of the run: the network, the data, the machine."""
-        args = self.args
-        total = sum(p.numel() for p in model.parameters())
-        weights = sum(layer.weight.numel() for _, layer in weight_layers(model))
-        binary = f", {weights:,} of them binary" if self.kind == "latent" else ""
-        several = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
-        mode = "compiled" if self.compiled else "eager"
-        self.say(f"{args.arch}: {total:,} parameters{binary}")
-        self.say(f"data: {train_images:,} training images, scored on {scored_on}")
-        self.say(f"run: {args.epochs} epochs of batches of {args.batch_size}, seed {args.seed}, into {self.folder}/")
-        self.say(f"machine: {runtime.describe(self.device)}{several}, {self.precision}, {mode}")
-
-    def autocast(self) -> AbstractContextManager[None]:
-        return runtime.autocast(self.precision, self.device)
-
-    def backward(self, loss: Tensor) -> None:
-        """loss.backward(), with the loss scaled where float16 gradients would otherwise vanish."""
-        self.scaler.scale(loss).backward()
-
-    def step(self, *optimizers: Optimizer) -> None:
-        """optimizer.step() of each, with gradients scaled back where `backward` scaled them."""
-        for optimizer in optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
-
-    def place(self, model: nn.Module) -> nn.Module:
-        """Move a network to the device, in the memory format that is fastest there."""
-        return model.to(self.device, memory_format=torch.channels_last)
-
-    def wrap(self, network: nn.Module, train_images: int) -> Callable[[Tensor], Tensor]:
-        """The network as the step calls it: over several processes and compiled, where that is wanted.
-
-        Compiled with static shapes, for full batches. The short last batch of an epoch takes the plain network:
-        compiling a second time for it would take longer than it saves.
-        """
-        args = self.args
-        wanted = self.resumed.raw["training"]["compiled"] if self.resumed else args.compile
-        self.compiled, notice = runtime.choose_compile(wanted, self.device, train_images * args.epochs)
-        if notice:
-            self.say(notice)
-        plain = distributed.data_parallel(network, self.device)
-        if not self.compiled:
-            return plain
-        full = args.batch_size // distributed.world_size()
-        compiled = torch.compile(plain, dynamic=False)
-        return lambda images: (compiled if len(images) == full else plain)(images)
-
-
-def _load_resumable(path: Path, kind: str) -> checkpoints.Checkpoint:
-    loaded = checkpoints.load(path)
-    if not isinstance(loaded.raw.get("training"), dict):
-        raise UserError(f"{path}: holds weights but no training state; --resume needs a {LAST}")
-    if loaded.kind != kind:
-        other = {"float": "main.py", "latent": "main_binary.py"}.get(loaded.kind, "another script")
-        raise UserError(f"{path}: its weights are {loaded.kind!r}: it is a run of {other}; resume it with that")
-    return loaded
-
-
-def _adopt_options(args: argparse.Namespace, given: set[str], resumed: checkpoints.Checkpoint) -> None:
-    """Take the options of the run that is resumed. Raises UserError for one given now that contradicts it."""
-    for name, value in vars(args).items():
-        if name in FREE_OPTIONS or name not in resumed.config:
-            continue
-        before = resumed.config[name]
-        now = str(value) if isinstance(value, Path) else value
-        if name in given and now != before:
-            raise UserError(
-                f"--{name.replace('_', '-')} {now} contradicts {resumed.path}, which was run with {before}; "
-                "leave it out, or start a new run"
-            )
-        setattr(args, name, before)
-
-
-def plain_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The resolved options as plain values, for a checkpoint; places and the like, which change nothing, left out."""
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(args).items()
-        if name not in FREE_OPTIONS
-    }
 
 
 def make_schedulers(run: Run, optimizers: list[Optimizer], steps_per_epoch: int) -> list[LRScheduler]:
@@ -370,7 +161,14 @@ class Trainer:
             "steps_per_epoch": self.loader.steps_per_epoch,
         }
 
-    def load_training_state(self, resumed: checkpoints.Checkpoint) -> None:
+    def resume(self, resumed: checkpoints.Checkpoint) -> None:
+        """Take up the state that a checkpoint holds. Raises UserError where it does not fit this run."""
+        try:
+            self._load_training_state(resumed)
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise UserError(f"{resumed.path}: its training state does not fit: {reason(error)}") from error
+
+    def _load_training_state(self, resumed: checkpoints.Checkpoint) -> None:
         state = resumed.raw["training"]
         if state["steps_per_epoch"] != self.loader.steps_per_epoch:
             raise UserError(
@@ -411,8 +209,11 @@ class Trainer:
     def train(self) -> None:
         run = self.run
         if run.resumed:
-            self.load_training_state(run.resumed)
-            run.say(f"Resuming {run.resumed.path} at epoch {self.epoch + 1}, step {self.steps_done}.")
+            self.resume(run.resumed)
+            if self.epoch == run.args.epochs:
+                run.say(f"{run.resumed.path}: this run is finished, all {self.epoch} epochs of it.")
+                return
+            run.say(f"Resuming {run.resumed.path} at epoch {self.epoch + 1}, after its step {self.steps_done}.")
         elif distributed.is_writer():
             self._start_fresh()
         tracker = WandbRun(
@@ -509,8 +310,8 @@ class Trainer:
     def _diverged(self) -> None:
         kept = self.run.folder / LAST
         raise UserError(
-            f"the loss became NaN or infinite in epoch {self.epoch + 1}, step {self.steps_done + 1}; {kept} still holds "
-            f"the state before it; try a smaller --lr"
+            f"the loss became NaN or infinite in epoch {self.epoch + 1}, step {self.steps_done + 1}; "
+            f"{kept} still holds the last good state; start anew with a smaller --lr"
         )
 
     def _stop_where_asked(self) -> None:
@@ -627,14 +428,3 @@ def fit(
     trainer = Trainer(run, model, optimizers, loader, step, score, chosen_on, watch, about or {})
     trainer.train()
     trainer.finish()
-
-
-@contextmanager
-def closing(run: Run) -> Iterator[Run]:
-    """Release the folder and leave the other processes at the end of a run, however it ends."""
-    try:
-        yield run
-    finally:
-        if run.lock:
-            run.lock.release()
-        distributed.stop()
