@@ -548,7 +548,9 @@ def _find_or_fetch(data_dir: Path, train: bool) -> _Files:
                     _fetch(data_dir)
                     files, problems = _find(data_dir, train)
         except OSError as error:
-            raise UserError(f"--data-dir {data_dir}: CIFAR-10 cannot be stored there: {cli.reason(error)}") from error
+            lacking = "; ".join(problems) or "CIFAR-10 is not there"
+            reason = cli.reason(error)
+            raise UserError(f"--data-dir {data_dir}: {lacking}, and it cannot be stored there: {reason}") from error
         if files is None:
             raise UserError(f"{'; '.join(problems)}, although it was just fetched; does another program write there?")
     for problem in problems:
