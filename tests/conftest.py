@@ -103,9 +103,7 @@ def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
             timeout=timeout,
         )
         if check and done.returncode:
-            pytest.fail(
-                f"{script} exited with {done.returncode}\n{done.stdout}\n{done.stderr}", pytrace=False
-            )
+            pytest.fail(f"{script} exited with {done.returncode}\n{done.stdout}\n{done.stderr}", pytrace=False)
         return done
 
     return run

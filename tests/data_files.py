@@ -67,9 +67,7 @@ def pickle_batch(name: str, records: np.ndarray) -> bytes:
     rows, pixels = len(records), records[:, 1:].tobytes()
     dtype = b"cnumpy\ndtype\n" + _text(b"u1") + b"K\x00K\x01\x87R(K\x03" + _text(b"|") + b"NNN" + _int(-1) * 2
     array = (
-        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85"
-        + _text(b"b")
-        + b"\x87R"  # an empty one
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + _text(b"b") + b"\x87R"  # an empty one
         b"(K\x01" + _int(rows) + _int(3072) + b"\x86" + dtype + b"K\x00tb"  # its shape and type
         b"\x89T" + struct.pack("<i", len(pixels)) + pixels + b"tb"  # and its bytes
     )
