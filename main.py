@@ -9,9 +9,12 @@ Writes best_model.pth, final_model.pth, checkpoint_last.pth, metrics.csv and tra
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import Optimizer
 
 import cifar10
 from engine import cli, distributed
@@ -25,6 +28,23 @@ def make_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Train a CIFAR-10 ResNet in full precision.")
     add_training_options(parser, lr=0.1, weight_decay=1e-3)
     return parser
+
+
+def make_train_step(
+    run: Run, network: Callable[[Tensor], Tensor], optimizer: Optimizer, label_smoothing: float
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The step: (images, labels) -> (loss, logits), with the weights changed. network: as the run wraps it."""
+
+    def train_step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        optimizer.zero_grad()
+        with run.autocast():
+            logits = network(images)  # (N, 3, 32, 32) -> (N, 10)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+        run.backward(loss)
+        run.step(optimizer)
+        return loss, logits
+
+    return train_step
 
 
 def train(run: Run) -> None:
@@ -44,14 +64,7 @@ def train(run: Run) -> None:
     )
     network = run.wrap(model, len(data.train))
 
-    def train_step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        optimizer.zero_grad()
-        with run.autocast():
-            logits = network(images)  # (N, 3, 32, 32) -> (N, 10)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.label_smoothing)
-        run.backward(loss)
-        run.step(optimizer)
-        return loss, logits
+    train_step = make_train_step(run, network, optimizer, args.label_smoothing)
 
     def score(split_name: str) -> Scores:
         split = getattr(data, split_name)

@@ -12,6 +12,7 @@ checkpoint_last.pth, metrics.csv and training_curves.png.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -110,6 +111,36 @@ def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> 
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
+def make_train_step(
+    run: Run,
+    bc: BC,
+    network: Callable[[Tensor], Tensor],
+    optimizers: list[Optimizer],
+    criterion: Callable[[Tensor, Tensor, Tensor], Tensor],
+    logit_scale: float,
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The BinaryConnect step: (images, labels) -> (loss, logits), with the latent weights changed.
+
+    network: bc as the run wraps it (compiled, several processes).
+    criterion: (scaled logits, images, labels) -> loss.
+    """
+
+    def train_step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        bc.binarization()  # 1. binarise: the weights become sign(w), the latent weights w are put by
+        with run.autocast():
+            logits = network(images)  # 2. forward with binary weights: (N, 3, 32, 32) -> (N, 10)
+        loss = criterion(logit_scale * logits.float(), images, labels)
+        run.backward(loss)  # 3. backward, with binary weights as well
+        bc.restore()  # 4. the latent weights are back; the gradient is still that of the binary ones
+        run.step(*optimizers)  # 5. optimiser step on the latent weights: small changes add up to a flip
+        bc.clip()  # 6. the latent weights stay in [-1, 1]
+        return loss, logits
+
+    return train_step
+
+
 def train(run: Run, init: checkpoint.Checkpoint | None, teacher: nn.Module | None) -> None:
     args = run.args
     data = cifar10.load(
@@ -140,18 +171,7 @@ def train(run: Run, init: checkpoint.Checkpoint | None, teacher: nn.Module | Non
         learned = distillation(logits, teacher_logits.float(), args.temperature)
         return args.teacher_weight * learned + (1 - args.teacher_weight) * loss
 
-    def train_step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        bc.binarization()  # 1. binarise: the weights become sign(w), the latent weights w are put by
-        with run.autocast():
-            logits = network(images)  # 2. forward with binary weights: (N, 3, 32, 32) -> (N, 10)
-        loss = criterion(args.logit_scale * logits.float(), images, labels)
-        run.backward(loss)  # 3. backward, with binary weights as well
-        bc.restore()  # 4. the latent weights are back, the gradient is still that of the binary ones
-        run.step(*optimizers)  # 5. optimiser step on the latent weights: small changes add up to a flip
-        bc.clip()  # 6. the latent weights stay in [-1, 1]
-        return loss, logits
+    train_step = make_train_step(run, bc, network, optimizers, criterion, args.logit_scale)
 
     def score(split_name: str) -> Scores:
         split = getattr(data, split_name)
