@@ -41,7 +41,7 @@ import torch.nn.functional as F
 
 from engine import cli
 from engine.cli import UserError
-from engine.files import _try_lock, atomic_write
+from engine.files import try_lock, atomic_write
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -562,9 +562,9 @@ def _find_or_fetch(data_dir: Path, train: bool) -> _Files:
 def _locked(data_dir: Path) -> Iterator[None]:
     """Hold the lock of `data_dir`, waiting where another process has it; it ends with its process."""
     with open(data_dir / _LOCK, "a+b") as file:
-        if not _try_lock(file):
+        if not try_lock(file):
             print(f"Note: another process is fetching CIFAR-10 into {data_dir}: waiting for it.", flush=True)
-            while not _try_lock(file):
+            while not try_lock(file):
                 time.sleep(0.2)
         yield
 
@@ -576,7 +576,7 @@ def _remove_leftovers(data_dir: Path) -> None:
         return
     try:
         with open(data_dir / _LOCK, "a+b") as file:
-            if _try_lock(file):
+            if try_lock(file):
                 for folder in leftovers:
                     shutil.rmtree(folder, ignore_errors=True)
     except OSError:

@@ -109,7 +109,7 @@ class FolderLock:
             self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the run lasts
         except OSError as error:
             raise UserError(f"{self.path}: cannot be opened: {reason(error)}") from error
-        if not _try_lock(self._file):
+        if not try_lock(self._file):
             holder = self._holder()
             self._file.close()
             raise UserError(
@@ -144,7 +144,7 @@ class FolderLock:
         self.release()
 
 
-def _try_lock(file: IO[str]) -> bool:
+def try_lock(file: IO[str]) -> bool:
     """Lock the first byte of `file` without waiting; False where another process has it."""
     try:
         if os.name == "nt":
