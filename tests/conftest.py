@@ -20,6 +20,9 @@ import data_files  # noqa: E402 - needs the path
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the tests marked `full` in their long form")
+    parser.addoption(
+        "--need-real-data", action="store_true", help="fail where CIFAR-10 is missing instead of skipping"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -43,8 +46,9 @@ def small_data_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def real_data() -> Path:
+def real_data(request: pytest.FixtureRequest) -> Path:
     """A folder for --data-dir that holds CIFAR-10 itself."""
+    without = pytest.fail if request.config.getoption("--need-real-data") else pytest.skip
     folder = Path(os.environ.get("CIFAR10_DIR") or ROOT / "data").resolve()
     names = (
         "cifar-10-batches-bin/test_batch.bin",
@@ -54,9 +58,9 @@ def real_data() -> Path:
     )
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
-        pytest.skip(f"no CIFAR-10 in {folder}: set CIFAR10_DIR or run python3 cifar10.py")
+        without(f"no CIFAR-10 in {folder}: set CIFAR10_DIR or run python3 cifar10.py")
     if (path.parent / "SHA256SUMS").exists():
-        pytest.skip(f"{path.parent} is not CIFAR-10")
+        without(f"{path.parent} is not CIFAR-10")
     return folder
 
 
