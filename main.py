@@ -40,7 +40,7 @@ def make_train_step(
         with run.autocast():
             logits = network(images)  # (N, 3, 32, 32) -> (N, 10)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-        run.backward(loss)
+        run.backward(loss, len(labels))
         run.step(optimizer)
         return loss, logits
 

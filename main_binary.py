@@ -132,7 +132,7 @@ def make_train_step(
         with run.autocast():
             logits = network(images)  # 2. forward with binary weights: (N, 3, 32, 32) -> (N, 10)
         loss = criterion(logit_scale * logits.float(), images, labels)
-        run.backward(loss)  # 3. backward, with binary weights as well
+        run.backward(loss, len(labels))  # 3. backward, with binary weights as well
         bc.restore()  # 4. the latent weights are back; the gradient is still that of the binary ones
         run.step(*optimizers)  # 5. optimiser step on the latent weights: small changes add up to a flip
         bc.clip()  # 6. the latent weights stay in [-1, 1]

@@ -1,32 +1,83 @@
-"""Several processes under `torchrun`, or one: every function also works, and does nothing, in a single process."""
+"""Several processes under `torchrun`, or one: every function also works, and does nothing, in a single process.
+
+Each process trains on its shard of every batch; DistributedDataParallel averages the gradients, so the weights are
+the same everywhere. BatchNorm statistics are each process's own: those of process 0, the writer, are scored and
+saved.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engine.cli import UserError
+from engine.cli import EXIT_MISTAKE, Interrupted, UserError, reason
+
+_store: dist.Store | None = None  # a few values that all processes see, also when some of them have failed
 
 
-def start(device: torch.device) -> torch.device:
-    """Join the other processes where `torchrun` started this one (it sets WORLD_SIZE); returns this rank's device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return device
-    if device.type == "mps":
-        raise UserError("--device mps: several processes are supported on cpu and cuda only")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
+def start() -> None:
+    """Join the other processes where `torchrun` started this one. Only process 0, the writer, prints from here on.
+
+    Raises UserError where the others cannot be reached.
+    """
+    global _store
+    if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
+        return
+    # gloo carries what concerns the host alone, also beside nccl: no question among processes waits for the device.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    try:
+        _store, own_rank, processes = next(dist.rendezvous("env://"))
+        dist.init_process_group(backend, store=_store, rank=own_rank, world_size=processes)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the other processes cannot be joined ({reason(error)}); "
+            "start several processes with torchrun"
+        ) from error
+    if not is_writer():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open to the end of the process
 
 
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def one_message() -> Iterator[None]:
+    """Of several processes let the first that fails say why; the others, failing too or missing it, end quietly.
+
+    A process that ends closes its connections, so no other waits for it. After a signal the writer speaks.
+    """
+    try:
+        yield
+    except Interrupted as stop:
+        _first_to_fail()
+        if not is_writer():
+            stop.message = ""
+        raise
+    except Exception:
+        if _first_to_fail():
+            raise
+        time.sleep(0.5)  # torchrun ends all processes once one has ended: let the first finish its line
+        sys.exit(EXIT_MISTAKE)
+
+
+def _first_to_fail() -> bool:
+    if _store is None:
+        return True
+    try:
+        return _store.add("failed", 1) == 1
+    except RuntimeError:  # the process that kept the store has ended
+        return False
 
 
 def rank() -> int:
@@ -42,6 +93,21 @@ def is_writer() -> bool:
     return rank() == 0
 
 
+def own_device(device: torch.device) -> torch.device:
+    """The device of this process: on CUDA each process of a machine has its own. Raises UserError where it cannot."""
+    if not dist.is_initialized() or device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise UserError(f"--device {device}: several processes train on cpu or cuda only")
+    number, found = int(os.environ.get("LOCAL_RANK", rank())), torch.cuda.device_count()
+    if number >= found:
+        raise UserError(
+            f"--device cuda: one device a process is needed, and there are {found}; start fewer processes"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of `value` over all processes, on every one of them; `value` itself is not changed."""
     total = value.clone()
@@ -50,18 +116,47 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return total
 
 
-def any_rank(flag: int, device: torch.device) -> int:
+def all_ranks(value: Tensor) -> Tensor:
+    """The processes' values in the order of their ranks, on every one of them: (...) -> (processes, ...)."""
+    values = [value.clone() for _ in range(world_size())]
+    if dist.is_initialized():
+        dist.all_gather(values, value)
+    return torch.stack(values)
+
+
+def agree(value: str, what: str) -> None:
+    """Raises UserError unless `value` is the same in all processes."""
+    own = torch.tensor(list(hashlib.sha256(value.encode()).digest()), dtype=torch.uint8)
+    if (all_ranks(own) != own).any():
+        raise UserError(f"the processes differ in {what}; start all of them alike, with the same files")
+
+
+def any_rank(flag: int) -> int:
     """The largest of the processes' flags: what one of them has seen, all of them act upon in the same step."""
     if not dist.is_initialized():
         return flag
-    value = torch.tensor(flag, device=device)
+    value = torch.tensor(flag)
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return int(value)
 
 
-def barrier() -> None:
+def gradient_share(images: int) -> float:
+    """What the mean loss of this process's `images` images is multiplied by before the backward pass.
+
+    The processes' gradients are averaged with equal weights. With this factor, images * processes / (images of all),
+    that is the gradient of the mean over the whole batch, also where a short last batch has shards of unequal size.
+    """
+    if not dist.is_initialized():
+        return 1.0
+    return images * world_size() / int(sum_over_ranks(torch.tensor(images)))
+
+
+@torch.no_grad()
+def copy_buffers_from_writer(model: nn.Module) -> None:
+    """Give all processes the writer's BatchNorm statistics, so that what they score is the network that is saved."""
     if dist.is_initialized():
-        dist.barrier()
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
@@ -71,5 +166,9 @@ def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
     """
     if not dist.is_initialized():
         return module
+    wrapper = nn.parallel.DistributedDataParallel
     ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+    # One switch under two names: torch 2.14 warns about the old one.
+    names = inspect.signature(wrapper).parameters
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return wrapper(module, device_ids=ids, **{switch: False})

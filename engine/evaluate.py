@@ -57,13 +57,15 @@ def evaluate(
 ) -> Scores:
     """Score `model`, in evaluation mode and float32, on (images, labels) batches that hold `images` images in all.
 
-    With several processes each passes its own batches, and `images` counts those of all of them.
+    With several processes each passes its own batches, `images` counts those of all of them, and all of them take
+    the writer's BatchNorm statistics: those are saved with the network.
     logit_scale: multiplies the logits in the loss; predictions do not depend on it.
     progress: the label of a progress bar, shown on a terminal only.
     Raises RuntimeError where the batches did not hold exactly that many images, ValueError for NaN logits.
     """
     was_training = model.training
     model.eval()
+    distributed.copy_buffers_from_writer(model)
     device = next(model.parameters()).device
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     loss_sum = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)

@@ -116,12 +116,18 @@ class Run:
     def start(
         cls, parser: cli.ArgumentParser, kind: str, check: Callable[[argparse.Namespace], None] | None = None
     ) -> Run:
-        """Read the command line and make the run ready.
+        """Read the command line and make the run ready, together with the other processes where there are any.
 
         check: looks at the options once they are complete; raises UserError.
         """
         runtime.silence_compiler()
         runtime.keep_freed_memory()
+        distributed.start()
+        with distributed.one_message():
+            return cls._start(parser, kind, check)
+
+    @classmethod
+    def _start(cls, parser: cli.ArgumentParser, kind: str, check: Callable[[argparse.Namespace], None] | None) -> Run:
         args, given = parse(parser)
         resumed = None
         if args.resume is not None:
@@ -130,7 +136,7 @@ class Run:
             _adopt_options(args, given, resumed)
         if check:
             check(args)
-        device = distributed.start(cli.select_device(args.device, args.threads))
+        device = distributed.own_device(cli.select_device(args.device, args.threads))
         if args.batch_size % distributed.world_size():
             raise UserError(
                 f"--batch-size {args.batch_size} cannot be shared by {distributed.world_size()} processes"
@@ -144,6 +150,8 @@ class Run:
             resumed.raw["training"]["precision"] if resumed else runtime.choose_precision(args.precision, device)
         )
         run.scaler = runtime.gradient_scaler(run.precision, device)
+        distributed.agree(f"{plain_options(args)} {run.precision}", "their options or precision")
+        distributed.agree(resumed.sha256 if resumed else "", "the checkpoint they resume")
         return run
 
     def say(self, text: str = "") -> None:
@@ -168,9 +176,12 @@ class Run:
     def autocast(self) -> AbstractContextManager[None]:
         return runtime.autocast(self.precision, self.device)
 
-    def backward(self, loss: Tensor) -> None:
-        """loss.backward(), with the loss scaled where float16 gradients would otherwise vanish."""
-        self.scaler.scale(loss).backward()
+    def backward(self, loss: Tensor, images: int) -> None:
+        """loss.backward(), for a loss that is the mean over this process's `images` images.
+
+        The loss is weighted for the average over processes, and scaled where float16 gradients would vanish.
+        """
+        self.scaler.scale(loss * distributed.gradient_share(images)).backward()
 
     def step(self, *optimizers: Optimizer) -> None:
         """optimizer.step() of each, with gradients scaled back where `backward` scaled them."""
@@ -237,10 +248,11 @@ def plain_options(args: argparse.Namespace) -> dict[str, Any]:
 
 @contextmanager
 def closing(run: Run) -> Iterator[Run]:
-    """Release the folder and leave the other processes at the end of a run, however it ends."""
+    """Release the folder at the end of a run, however it ends, and leave the other processes."""
     try:
-        yield run
+        with distributed.one_message():
+            yield run
+        distributed.stop()  # after a failure the end of the process does that: the others may be waiting for it
     finally:
         if run.lock:
             run.lock.release()
-        distributed.stop()

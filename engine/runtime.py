@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from engine import distributed
 from engine.cli import UserError
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -79,8 +80,9 @@ def choose_compile(wanted: bool | None, device: torch.device, images: int) -> tu
     if wanted is None and images < COMPILE_PAYS_FROM_IMAGES:
         return False, "Not compiled: the run is too short to repay it (--compile does it anyway)."
     error = _try_compile(device)
-    if not error:
+    if not distributed.any_rank(bool(error)):
         return True, ""
+    error = error or "in another process"
     if wanted:
         raise UserError(f"--compile: torch.compile does not work here: {error}; leave the option out")
     return False, f"Not compiled: torch.compile does not work here ({error})."

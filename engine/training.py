@@ -141,7 +141,8 @@ class Trainer:
     def latest_metrics(self) -> dict[str, float]:
         return self.history[-1] if self.history else {}
 
-    def training_state(self) -> dict[str, Any]:
+    def training_state(self, totals: Tensor) -> dict[str, Any]:
+        """What a resumed run needs beside the weights. totals: of all processes, (processes, 3)."""
         return {
             "precision": self.run.precision,
             "compiled": self.run.compiled,
@@ -152,7 +153,7 @@ class Trainer:
             "device_rng": torch.cuda.get_rng_state(self.run.device) if self.run.device.type == "cuda" else None,
             "epoch": self.epoch,
             "steps_done": self.steps_done,
-            "totals": self.totals.cpu(),
+            "totals": totals.cpu(),
             "seconds": self.seconds,
             "watch": self.watch.state_dict() if self.watch else {},
             "history": self.history,
@@ -175,6 +176,12 @@ class Trainer:
                 f"{resumed.path}: its epochs have {state['steps_per_epoch']} steps, with this data and these options "
                 f"they have {self.loader.steps_per_epoch}; use the same data"
             )
+        totals = state["totals"].view(-1, 3)
+        if len(totals) != distributed.world_size():
+            raise UserError(
+                f"{resumed.path}: is a run of {len(totals)} processes, resumed by {distributed.world_size()}; start "
+                "as many (the result depends on it: BatchNorm statistics are each process's own)"
+            )
         self.model.load_state_dict(resumed.state_dict)
         for mine, saved in zip(self.optimizers, state["optimizers"], strict=True):
             mine.load_state_dict(saved)
@@ -187,13 +194,14 @@ class Trainer:
         if self.watch:
             self.watch.load_state_dict(state["watch"])
         self.epoch, self.steps_done = state["epoch"], state["steps_done"]
-        self.totals.copy_(state["totals"])
+        self.totals.copy_(totals[distributed.rank()])
         self.seconds = state["seconds"]
         self.history, self.best, self.wandb_id = state["history"], state["best"], state["wandb_id"]
 
     def save_last(self) -> None:
+        totals = distributed.all_ranks(self.totals)
         if distributed.is_writer():
-            state = self.training_state()
+            state = self.training_state(totals)
             checkpoints.save(
                 self.run.folder / LAST, self.checkpoint(self.epoch, self.latest_metrics(), training=state)
             )
@@ -235,7 +243,8 @@ class Trainer:
                     tracker.log(self.finish_epoch())
         except Interrupted as stop:
             tracker.finish(stop.exit_status)
-            raise Interrupted(self.signals.signum, self._farewell()) from None
+            stop.message = self._farewell()
+            raise
         tracker.finish()
 
     def _start_fresh(self) -> None:
@@ -315,9 +324,10 @@ class Trainer:
         )
 
     def _stop_where_asked(self) -> None:
-        if distributed.any_rank(self.signals.signum, self.run.device):
+        signum = distributed.any_rank(self.signals.signum)
+        if signum:
             self.save_last()
-            raise Interrupted(self.signals.signum or signal.SIGTERM)
+            raise Interrupted(signum)
 
     def finish_epoch(self) -> dict[str, float]:
         """Score the network after an epoch's last step, write the run's files, and go on to the next epoch."""
@@ -371,10 +381,12 @@ class Trainer:
             return "Stopped before the first step; nothing was saved."
         self.write_records(always=True)
         output = "" if self.run.folder == Path(".") else f' --output-dir "{self.run.folder}"'
+        processes = distributed.world_size()
+        start = "python3" if processes == 1 else f"torchrun --nproc_per_node={processes}"
         return (
             f"Stopped after {self.epoch} of {self.run.args.epochs} epochs and {self.steps_done} of "
             f"{self.loader.steps_per_epoch} steps; {self.run.folder / LAST} is saved. "
-            f"Go on with: python3 {Path(sys.argv[0]).name} --resume{output}"
+            f"Go on with: {start} {Path(sys.argv[0]).name} --resume{output}"
         )
 
     # -- the end -------------------------------------------------------------------------------------------
