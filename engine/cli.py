@@ -149,10 +149,10 @@ def select_device(name: str, threads: int | None = None) -> torch.device:
     return device
 
 
-def prepare_output_dir(folder: Path) -> Path:
+def prepare_output_dir(folder: Path, option: str = "--output-dir") -> Path:
     """Create `folder` if missing and prove that it can be written to.
 
-    Raises UserError, before any long work, if it cannot.
+    option: the one that names the folder. Raises UserError, before any long work, if it cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def prepare_output_dir(folder: Path) -> Path:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise UserError(f"--output-dir {folder}: cannot be written to: {reason(error)}") from error
+        raise UserError(f"{option} {folder}: cannot be written to: {reason(error)}") from error
     return folder
 
 

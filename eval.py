@@ -1,0 +1,193 @@
+"""Score a checkpoint on the test set, as it was saved.
+
+    python3 eval.py                            best_model.pth
+    python3 eval.py best_model_binarized.pth   another one, 1-bit files too
+    python3 eval.py --plot samples.png         also draw the confusion matrix and some predictions
+
+Latent weights of BinaryConnect are scored as they are too, but that figure means little: see eval_binarized.py.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import cifar10
+from engine import checkpoint, cli, report, runtime
+from engine.checkpoint import BEST, Checkpoint
+from engine.cli import UserError
+from engine.evaluate import Scores, evaluate
+from engine.files import atomic_write
+
+LATENT_NOTE = """\
+⚠ These are latent weights. The BatchNorm statistics beside them come from forward
+  passes with binary weights, so the figure below means little: the meaningful
+  one is that of the binarised network, from eval_binarized.py."""
+
+SAMPLES = 24  # right and wrong predictions drawn, of each so many
+
+
+def make_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser("Score a checkpoint on the test set, as it was saved.")
+    parser.add_argument(
+        "checkpoint", nargs="?", type=Path, default=Path(BEST), metavar="CKPT", help="what to score"
+    )
+    cli.add_data_options(parser, batch_size=500)
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="save the confusion matrix and some predictions as this PNG",
+    )
+    return parser
+
+
+def check_plot(path: Path | None) -> None:
+    """Raise UserError where no picture can be written to `path`; create its folder."""
+    if path is None:
+        return
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise UserError(f"--plot {path}: a PNG is written; give the name of a file that ends in .png")
+    cli.prepare_output_dir(path.parent, option="--plot: folder")
+
+
+# -- the report ----------------------------------------------------------------------------------------------
+
+
+def print_scores(scores: Scores, data: cifar10.Data, logit_scale: float) -> None:
+    print(f"\n{scores.accuracy_line()}")
+    scaled = f" (logits times {logit_scale:g}, the checkpoint's logit_scale)" if logit_scale != 1 else ""
+    print(f"Test loss: {scores.loss:.4f} nats per image{scaled}")
+    print(f"Scored on: {data.scored_on}")
+    print(f"Speed: {scores.images / max(scores.seconds, 1e-9):,.0f} images/s")
+    print(f"\n{'class':<12}{'images':>8}{'correct':>9}{'accuracy':>10}   most often taken for")
+    for label, name in enumerate(cifar10.CLASSES):
+        row = scores.confusion[label]
+        images, correct = int(row.sum()), int(row[label])
+        accuracy = f"{100 * correct / images:.2f}%" if images else "-"
+        print(f"{name:<12}{images:>8,}{correct:>9,}{accuracy:>10}   {_mistaken_for(row, label)}".rstrip())
+
+
+def _mistaken_for(row: Tensor, label: int) -> str:
+    wrong = row.clone()
+    wrong[label] = 0
+    count, other = (int(value) for value in wrong.max(0))
+    return f"{cifar10.CLASSES[other]} ({count:,})" if count else ""
+
+
+# -- the picture ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample_predictions(
+    model: nn.Module, split: cifar10.Split, batch_size: int, device: torch.device
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The first SAMPLES right and the first SAMPLES wrong predictions: (index in `split`, predicted class) each."""
+    right: list[tuple[int, int]] = []
+    wrong: list[tuple[int, int]] = []
+    index = 0
+    for images, labels in cifar10.eval_batches(split, batch_size, device):
+        for predicted, label in zip(model(images).argmax(1).tolist(), labels.tolist(), strict=True):
+            (right if predicted == label else wrong).append((index, predicted))
+            index += 1
+        if min(len(right), len(wrong)) >= SAMPLES:
+            break
+    return right[:SAMPLES], wrong[:SAMPLES]
+
+
+def draw(path: Path, title: str, scores: Scores, samples: list[list[tuple[int, int]]], split: cifar10.Split) -> None:
+    """Save the page: confusion matrix on the left, right and wrong predictions on the right."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(17, 8.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1))
+    figure.suptitle(title, fontsize=14)
+    _draw_confusion(left.subplots(), scores)
+    top, bottom = right.subplots(2, 1)
+    _draw_samples(top, "Right: the first ones in the test set", samples[0], split)
+    _draw_samples(bottom, "Wrong: the first ones, predicted (true)", samples[1], split)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=100)
+    atomic_write(path, image.getvalue())
+
+
+def _draw_confusion(axes: object, scores: Scores) -> None:
+    shares = 100 * scores.confusion.double() / scores.confusion.sum(1, keepdim=True).clamp(min=1)
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
+    for true, row in enumerate(scores.confusion.tolist()):
+        for predicted, count in enumerate(row):
+            colour = "white" if shares[true, predicted] > 55 else "black" if count else "0.75"
+            axes.text(predicted, true, f"{count:,}", ha="center", va="center", color=colour, fontsize=10)
+    places = range(len(cifar10.CLASSES))
+    axes.set_xticks(places, cifar10.CLASSES, rotation=45, ha="right")
+    axes.set_yticks(places, cifar10.CLASSES)
+    axes.set(xlabel="predicted class", ylabel="true class", title="Confusion matrix (images; colour: share of the row)")
+
+
+def _draw_samples(axes: object, title: str, samples: list[tuple[int, int]], split: cifar10.Split) -> None:
+    columns, cell_height, cell_width = 8, cifar10.SIDE + 15, cifar10.SIDE + 12
+    rows = SAMPLES // columns
+    sheet = torch.full((rows * cell_height, columns * cell_width, 3), 255, dtype=torch.uint8)
+    for place, (index, predicted) in enumerate(samples):
+        top, left = place // columns * cell_height, place % columns * cell_width + 6
+        sheet[top : top + cifar10.SIDE, left : left + cifar10.SIDE] = split.images[index]
+        label = int(split.labels[index])
+        name = cifar10.CLASSES[predicted] + (f"\n({cifar10.CLASSES[label]})" if predicted != label else "")
+        colour = "tab:green" if predicted == label else "tab:red"
+        axes.text(
+            left + cifar10.SIDE / 2,
+            top + cifar10.SIDE + 0.5,
+            name,
+            ha="center",
+            va="top",
+            fontsize=9,
+            color=colour,
+            linespacing=0.95,
+        )
+    axes.imshow(sheet.numpy(), interpolation="nearest")
+    axes.set_title(title if samples else f"{title}: none", loc="left")
+    axes.axis("off")
+
+
+# -- the script ----------------------------------------------------------------------------------------------
+
+
+def score(
+    loaded: Checkpoint, model: nn.Module, split: cifar10.Split, batch_size: int, device: torch.device
+) -> Scores:
+    """Score the network. Raises UserError naming the checkpoint where the network's outputs are NaN."""
+    batches = cifar10.eval_batches(split, batch_size, device)
+    try:
+        return evaluate(model, batches, len(split), logit_scale=loaded.logit_scale, progress="test")
+    except ValueError as error:
+        raise UserError(f"{loaded.path}: {error}; the checkpoint is of no use") from error
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    device = cli.select_device(args.device, args.threads)
+    runtime.keep_freed_memory()
+    check_plot(args.plot)
+    loaded = checkpoint.load(args.checkpoint)
+    data = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
+
+    print("\n".join(report.headline(loaded)))
+    if loaded.kind == "latent":
+        print(LATENT_NOTE)
+    model = loaded.model().to(device, memory_format=torch.channels_last)
+    scores = score(loaded, model, data.test, args.batch_size, device)
+    print_scores(scores, data, loaded.logit_scale)
+    if args.plot:
+        samples = sample_predictions(model, data.test, args.batch_size, device)
+        title = f"{loaded.path.name}: {loaded.arch}, {scores.accuracy:.2f}% of {data.scored_on}"
+        draw(args.plot, title, scores, samples, data.test)
+        print(f"\nSaved the confusion matrix and sample predictions: {args.plot}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
