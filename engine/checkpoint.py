@@ -114,10 +114,16 @@ def save(path: Path, checkpoint: dict[str, Any]) -> int:
 
     Raises UserError where it cannot be written; an older file of that name is then untouched.
     """
+    content = serialise(checkpoint)
+    atomic_write(path, content)
+    return len(content)
+
+
+def serialise(checkpoint: dict[str, Any]) -> bytes:
+    """What `save` writes: a dictionary made by `make` and its checksum."""
     content = io.BytesIO()  # through a file object: given a path, torch.save puts its name into the archive
     torch.save(checkpoint | {"checksum": digest(checkpoint)}, content)
-    atomic_write(path, content.getvalue())
-    return content.tell()
+    return content.getvalue()
 
 
 def digest(value: Any) -> str:
@@ -147,13 +153,15 @@ def _feed(sha: Any, value: Any) -> None:
         sha.update(f"{type(value).__name__} {value!r}\n".encode())
 
 
-def read(path: Path) -> tuple[Any, str]:
+def read(path: Path, content: bytes | None = None) -> tuple[Any, str]:
     """What a `.pth` file holds, and the file's SHA-256. Nothing in the file is run, and nothing it declares makes
     us take much more memory than its own size.
 
+    content: what the file holds or is to hold, where it is in memory already.
     Raises UserError, one line that names the file, for anything that is not a readable checkpoint.
     """
-    content = _read_regular_file(path)
+    if content is None:
+        content = _read_regular_file(path)
     _check_archive(path, content)
     try:
         with warnings.catch_warnings():
@@ -238,15 +246,16 @@ def _why_unreadable(error: Exception) -> str:
     return "truncated, damaged or not a checkpoint; use another copy or make it again"
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path, content: bytes | None = None) -> Checkpoint:
     """Load a checkpoint of ours or of others, with the network's own parameter names.
 
     Accepted: a checkpoint of ours (1-bit ones too), a bare state_dict, one under `state_dict`, `net`, `model` or
     `model_state_dict`, any stack of the prefixes `model.`, `module.`, `_orig_mod.`, any floating-point dtype.
+    content: as in `read`.
     Raises UserError that names the file for everything else, with the keys that do not fit, and where a tensor
     is not finite.
     """
-    raw, sha256 = read(path)
+    raw, sha256 = read(path, content)
     if not isinstance(raw, dict):
         raise UserError(f"{path}: not a checkpoint: it holds a {type(raw).__name__}, not a dictionary")
     about = _metadata(path, raw)

@@ -74,9 +74,11 @@ def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """
     if isinstance(norm, ScaleShift):
         return norm.scale, norm.shift
-    scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
-    shift = norm.bias.detach().double() - norm.running_mean.double() * scale
-    return scale.float(), shift.float()
+    weight, bias, mean, variance = (getattr(norm, field).detach().cpu().double() for field in _KEPT)  # MPS has none
+    scale = weight / (variance + norm.eps).sqrt()
+    shift = bias - mean * scale
+    device = norm.weight.device
+    return scale.float().to(device), shift.float().to(device)
 
 
 def pack_model(model: ResNetS, arch: str, *, keep_batchnorm: bool = False) -> dict[str, Any]:
@@ -130,6 +132,8 @@ def _load_floats(model: ResNetS, floats: Tensor, *, kept: bool) -> None:
     if not floats.isfinite().all():
         raise ValueError("a scale, shift or bias is not finite")
     parts = list(floats.split(sizes))
+    if kept and any((variance < 0).any() for variance in parts[3::4]):
+        raise ValueError("a running variance is negative")
     with torch.no_grad():
         model.linear.bias.copy_(parts.pop())
         for i, (name, _) in enumerate(_convolutions(model)):

@@ -1,0 +1,61 @@
+"""Example: use a binary network. Load it, verify it, classify with it; no BinaryConnect wrapper is needed.
+
+    python3 load_binarized_example.py                               best_model_binarized.pth
+    python3 load_binarized_example.py best_model_binary_1bit.pth    the file with one bit a weight
+
+`load_binary_network` is all that a program of yours needs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+import cifar10
+from engine import checkpoint, cli
+from engine.checkpoint import BINARIZED
+from engine.cli import UserError
+from engine.evaluate import evaluate
+from models import ResNetS
+from models.binaryconnect import is_binary
+from models.bitpack import fold_normalisation
+from models.resnet_s import weight_layers
+
+
+def load_binary_network(path: Path) -> ResNetS:
+    """The network of a binarised or 1-bit file: its weights verified, then its normalisation folded for speed."""
+    loaded = checkpoint.load(path)
+    if loaded.kind not in ("binary", checkpoint.BINARY_1BIT):
+        raise UserError(f"{path}: its weights are {loaded.kind}, not binary; binarise it with eval_binarized.py")
+    model = loaded.model(fold=False)  # the weights are still -1 and +1
+    layers = weight_layers(model)
+    if not all(is_binary(layer.weight) for _, layer in layers):
+        raise UserError(f"{path}: holds weights that are neither -1 nor +1")
+    print(f"✓ {path}: all {sum(layer.weight.numel() for _, layer in layers):,} weights are -1 or +1")
+    return fold_normalisation(model)  # the weights are now -scale and +scale: same outputs, less work
+
+
+def main() -> None:
+    parser = cli.ArgumentParser("Example: load a binarised or 1-bit network, verify it, classify with it.")
+    parser.add_argument(
+        "checkpoint", nargs="?", type=Path, default=Path(BINARIZED), metavar="CKPT", help="binarised or 1-bit file"
+    )
+    cli.add_data_options(parser, batch_size=500)
+    args = parser.parse_args()
+    device = cli.select_device(args.device, args.threads)
+    model = load_binary_network(args.checkpoint).to(device, memory_format=torch.channels_last)
+    test = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test).test
+
+    images, labels = next(cifar10.eval_batches(test.take(torch.arange(min(5, len(test)))), 5, device))
+    with torch.no_grad():
+        predicted = model(images).argmax(1)  # (5, 3, 32, 32) -> logits (5, 10) -> classes (5,)
+    for number, (label, guess) in enumerate(zip(labels.tolist(), predicted.tolist(), strict=True)):
+        print(f"  test image {number}: {cifar10.CLASSES[label]:<10}  classified as {cifar10.CLASSES[guess]}")
+
+    batches = cifar10.eval_batches(test, args.batch_size, device)
+    print(evaluate(model, batches, len(test), progress="test").accuracy_line())
+
+
+if __name__ == "__main__":
+    cli.run(main)
