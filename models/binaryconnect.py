@@ -52,7 +52,7 @@ class BC(nn.Module):
     Biases and BatchNorm stay as they are. The model's own parameters hold the latent weights outside of
     `binarization()` ... `restore()`, so an optimiser made from `model.parameters()` works on them. The copies
     that hold the latent weights meanwhile are non-persistent buffers: they follow `.to()` and `.half()`, and
-    never enter a state_dict.
+    never enter a state_dict, which is always of the weights that the model holds at the moment.
 
     stochastic: draw the signs with `stochastic_sign` instead of `binary_sign`.
     Raises ValueError for a model with no Conv2d or Linear.
@@ -90,8 +90,11 @@ class BC(nn.Module):
         weights are aside already, and copying now would lose them."""
         if self.is_binarized:
             return
-        for shadow, weight in zip(self._shadows(), self.targets(), strict=True):
-            shadow.copy_(weight)
+        for i, (shadow, weight) in enumerate(zip(self._shadows(), self.targets(), strict=True)):
+            if (shadow.dtype, shadow.device) == (weight.dtype, weight.device):
+                shadow.copy_(weight)
+            else:  # the model inside was converted or moved by itself
+                setattr(self, f"latent_{i}", weight.detach().clone())
 
     @torch.no_grad()
     def binarization(self, *, stochastic: bool | None = None) -> None:

@@ -1,0 +1,684 @@
+"""BinaryConnect: what must hold whatever is called in whatever order, and the paper's algorithm step by step."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor, nn
+
+import main_binary
+from engine.run import Run
+from engine.tracking import SignWatch
+from models import BC, build
+from models.binaryconnect import binarize_model, binary_sign, is_binary, stochastic_sign
+from models.bitpack import pack_bits, pack_model, unpack_bits, unpack_model
+from models.resnet_s import weight_layers
+
+# Zeros of both signs, denormals, the neighbours of 0 and of 1, infinities.
+SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-40, -1e-40, 1.2e-38, -1.2e-38, 1.0, -1.0, 0.99999994, -0.99999994]
+SPECIAL += [1.0000001, -1.0000001, 3e38, -3e38, math.inf, -math.inf, 0.5, -0.5]
+values = st.lists(st.one_of(st.sampled_from(SPECIAL), st.floats(width=32, allow_nan=False)), min_size=1, max_size=24)
+quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+def bits(tensors: list[Tensor]) -> list[tuple[torch.dtype, bytes]]:
+    """What tensors hold, bit for bit: 0.0 and -0.0 differ."""
+    return [(t.dtype, t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()) for t in tensors]
+
+
+def by_hand(w: Tensor) -> list[float]:
+    return [1.0 if value >= 0 else -1.0 for value in w.detach().double().reshape(-1).tolist()]
+
+
+@torch.no_grad()
+def fill(model: nn.Module, numbers: list[float]) -> nn.Module:
+    """Give every parameter of `model` the numbers, over and over, each starting at another one."""
+    for start, parameter in enumerate(model.parameters()):
+        index = (torch.arange(parameter.numel()) + start) % len(numbers)
+        parameter.copy_(torch.tensor(numbers)[index].view_as(parameter))
+    return model
+
+
+def small_model() -> nn.Module:
+    """Every kind of layer, nested; the weights are 36 + 27 + 8 + 6 numbers."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, groups=2, padding=1),
+        nn.BatchNorm2d(4),
+        nn.Sequential(nn.ReLU(), nn.Sequential(nn.Conv2d(4, 3, 1, bias=False), nn.PReLU())),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(3, 2, bias=False),
+        nn.LayerNorm(2),
+        nn.Linear(2, 3),
+    )
+
+
+def others(model: nn.Module) -> list[Tensor]:
+    """Everything a model holds but the weights of Conv2d and Linear."""
+    weights = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    return [t for t in [*model.parameters(), *model.buffers()] if id(t) not in weights]
+
+
+# -- the rule --------------------------------------------------------------------------------------------------
+
+
+@quick
+@given(values, st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]))
+def test_the_sign_is_plus_one_from_zero_on(numbers, dtype):
+    w = torch.tensor(numbers, dtype=torch.float64).to(dtype)
+    signs = binary_sign(w)
+    assert signs.dtype == dtype
+    assert signs.tolist() == by_hand(w)
+
+
+def test_the_sign_of_zeros_denormals_and_infinities():
+    w = torch.tensor([0.0, -0.0, 1e-45, -1e-45, math.inf, -math.inf])
+    assert binary_sign(w).tolist() == [1, 1, 1, -1, 1, -1]
+
+
+@pytest.mark.parametrize("sign", [binary_sign, stochastic_sign])
+def test_nan_stays_nan(sign):
+    assert sign(torch.tensor([1.0, math.nan])).isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("value", [math.nan, 0.0, 0.5, math.inf, -1.0000001])
+def test_only_minus_one_and_plus_one_are_binary(value):
+    assert is_binary(torch.tensor([1.0, -1.0]))
+    assert not is_binary(torch.tensor([1.0, -1.0, value]))
+
+
+@pytest.mark.parametrize("value", [-0.9, -0.5, -0.1, -0.0, 0.3, 0.8])
+def test_stochastic_signs_follow_the_hard_sigmoid(value):
+    torch.manual_seed(0)
+    count, probability = 40_000, (value + 1) / 2
+    drawn = stochastic_sign(torch.full((count,), value))
+    assert is_binary(drawn)
+    deviation = math.sqrt(count * probability * (1 - probability))
+    assert abs(int((drawn > 0).sum()) - count * probability) < 4.5 * deviation
+
+
+def test_stochastic_signs_are_certain_from_one_on():
+    torch.manual_seed(0)
+    for bound in (1.0, 1.5, math.inf):
+        assert (stochastic_sign(torch.full((100_000,), bound)) == 1).all()
+        assert (stochastic_sign(torch.full((100_000,), -bound)) == -1).all()
+
+
+def test_stochastic_signs_are_drawn_anew_from_the_seed():
+    w = torch.zeros(1000)
+    torch.manual_seed(1)
+    first, second = stochastic_sign(w), stochastic_sign(w)
+    torch.manual_seed(1)
+    assert torch.equal(stochastic_sign(w), first)
+    assert not torch.equal(first, second)
+
+
+# -- the wrapper -----------------------------------------------------------------------------------------------
+
+
+@quick
+@given(values, st.booleans())
+def test_every_weight_becomes_binary_and_nothing_else_changes(numbers, stochastic):
+    model = fill(small_model(), numbers)
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    before, rest = [layer.weight.detach().clone() for layer in layers], bits(others(model))
+    bc = BC(model, stochastic=stochastic)
+    bc.binarization()
+    assert all(is_binary(layer.weight) for layer in layers)
+    if not stochastic:
+        assert [layer.weight.reshape(-1).tolist() for layer in layers] == [by_hand(w) for w in before]
+    assert bits(others(model)) == rest
+    bc.restore()
+    assert bits([layer.weight for layer in layers]) == bits(before)
+    assert bits(others(model)) == rest
+
+
+def test_the_first_convolution_and_the_classifier_are_binarised_too():
+    bc = BC(build("resnet20"))
+    assert len(bc.target_names) == 20
+    assert {"conv1.weight", "linear.weight"} <= set(bc.target_names)
+    assert sum(w.numel() for w in bc.targets()) == 268_336
+
+
+@quick
+@given(values, st.sampled_from(["adam", "sgd"]), st.booleans())
+def test_after_a_step_and_clip_the_latent_weights_are_within_one(numbers, optimizer, stochastic):
+    bc = BC(fill(small_model(), [n for n in numbers if abs(n) <= 1] or [0.25]), stochastic=stochastic)
+    step = make_step(bc, optimizer, latent_lr=10.0)
+    torch.manual_seed(0)
+    for _ in range(2):
+        step(torch.randn(4, 2, 3, 3), torch.tensor([0, 1, 2, 0]))
+        assert all((w.abs() <= 1).all() for w in bc.targets())
+
+
+@quick
+@given(values)
+def test_clip_also_reaches_latent_weights_that_are_put_aside(numbers):
+    bc = BC(fill(small_model(), numbers))
+    with bc.binarized():
+        bc.clip()
+        assert all(is_binary(w) for w in bc.targets())
+    assert all((w.abs() <= 1).all() for w in bc.targets())
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("layer", [0, 2, 5])
+def test_nan_is_an_error_and_the_model_untouched(layer, stochastic):
+    model = fill(small_model(), [0.25, -0.5])
+    bc = BC(model, stochastic=stochastic)
+    name = next(n for n in bc.target_names if n.startswith(str(layer)))
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[1] = math.nan
+    before = bits(list(model.state_dict().values()))
+    with pytest.raises(ValueError, match=name):
+        bc.binarization()
+    with pytest.raises(ValueError, match=name), bc.binarized():
+        pytest.fail("NaN has no sign")
+    with pytest.raises(ValueError, match=name):
+        binarize_model(model)
+    assert not bc.is_binarized
+    bc.restore()
+    assert bits(list(model.state_dict().values())) == before
+
+
+def test_a_failing_forward_pass_leaves_the_latent_weights():
+    bc = BC(fill(small_model(), [0.25, -0.5, 0.0]))
+    before = bits(bc.targets())
+    with pytest.raises(RuntimeError), bc.binarized():
+        bc(torch.zeros(1, 7, 3, 3))
+    assert bits(bc.targets()) == before
+    assert not bc.is_binarized
+
+
+def test_a_failure_in_the_middle_of_binarising_loses_nothing(monkeypatch):
+    bc = BC(fill(small_model(), [0.25, -0.5]))
+    before, calls = bits(bc.targets()), []
+
+    def failing(w: Tensor) -> Tensor:
+        calls.append(w)
+        if len(calls) == 3:
+            raise MemoryError
+        return torch.ones_like(w)
+
+    monkeypatch.setattr("models.binaryconnect.binary_sign", failing)
+    with pytest.raises(MemoryError):
+        bc.binarization()
+    bc.restore()
+    assert bits(bc.targets()) == before
+
+
+def test_a_model_with_nothing_to_binarise_is_refused():
+    with pytest.raises(ValueError, match="Conv2d or Linear"):
+        BC(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+
+
+@pytest.mark.parametrize("convert", ["half", "double", "bfloat16"])
+@pytest.mark.parametrize("whole", [True, False], ids=["wrapper", "inner model"])
+def test_latent_weights_follow_a_change_of_dtype(convert, whole):
+    bc = BC(fill(small_model(), SPECIAL[:14]))
+    getattr(bc if whole else bc.model, convert)()
+    if convert == "double":
+        with torch.no_grad():
+            bc.targets()[0].add_(1e-12)  # what float32 could not hold
+    before = bits(bc.targets())
+    with bc.binarized():
+        assert all(is_binary(w) for w in bc.targets())
+        assert [w.dtype for w in bc.latent_weights()] == [w.dtype for w in bc.targets()]
+    assert bits(bc.targets()) == before
+
+
+@pytest.mark.parametrize("convert", ["half", "double"])
+def test_a_change_of_dtype_while_binarised_converts_the_latent_weights(convert):
+    bc = BC(fill(small_model(), SPECIAL[:14]))
+    converted = [getattr(w.detach().clone(), convert)() for w in bc.targets()]
+    bc.binarization()
+    getattr(bc, convert)()
+    assert all(is_binary(w) for w in bc.targets())
+    bc.restore()
+    assert bits(bc.targets()) == bits(converted)
+
+
+def test_the_shadow_copies_are_where_the_weights_are():
+    bc = BC(small_model())
+    bc.binarization()
+    bc.to("meta")  # stands for any other device
+    assert {t.device.type for t in [*bc.targets(), *bc.latent_weights()]} == {"meta"}
+
+
+def test_a_state_dict_is_what_the_model_holds():
+    """Latent weights as a rule, binary ones while binarised; never the shadow copies."""
+    bc = BC(fill(small_model(), SPECIAL))
+    latent = copy.deepcopy(bc.state_dict())
+    assert list(latent) == [f"model.{name}" for name in bc.model.state_dict()]
+    with bc.binarized():
+        held = copy.deepcopy(bc.state_dict())
+    assert list(held) == list(latent)
+    for name in bc.target_names:
+        assert held[f"model.{name}"].reshape(-1).tolist() == by_hand(latent[f"model.{name}"])
+    fresh = BC(small_model())
+    fresh.load_state_dict(latent, strict=True)
+    assert bits(fresh.targets()) == bits(bc.targets())
+    fresh.load_state_dict(held)
+    before = bits(fresh.targets())
+    with fresh.binarized():
+        assert bits(fresh.targets()) == before  # signs of signs are the signs
+    assert bits(fresh.targets()) == before
+
+
+def test_weights_that_replace_the_old_ones_are_found():
+    """load_state_dict(assign=True) and the like put new parameters in place of those the wrapper was made with."""
+    bc, other = BC(small_model()), fill(small_model(), SPECIAL)
+    bc.model.load_state_dict(copy.deepcopy(other.state_dict()), assign=True)
+    before = bits(bc.targets())
+    with bc.binarized():
+        assert all(is_binary(layer.weight) for _, layer in weight_layers(bc.model))
+    assert bits(bc.targets()) == before == bits([layer.weight for _, layer in weight_layers(other)])
+
+
+def test_layers_that_share_a_weight_are_restored():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    model[2].weight = model[0].weight
+    bc = BC(fill(model, SPECIAL))
+    before = bits(bc.targets())
+    with bc.binarized():
+        assert is_binary(model[0].weight)
+    assert bits(bc.targets()) == before
+
+
+class Wrapper(nn.Module):
+    """What DistributedDataParallel looks like from outside."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    return torch.compile(module, backend="eager", dynamic=False)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, Wrapper, compiled, lambda bc: compiled(Wrapper(bc))])
+def test_wrappers_around_see_binary_weights_inside_and_latent_ones_outside(wrap):
+    bc = BC(fill(small_model(), [0.3, -0.2, 0.0, 0.7, -0.9]).eval())
+    reference = copy.deepcopy(bc.model)
+    network, x = wrap(bc), torch.randn(2, 2, 4, 4)
+    latent = reference(x)
+    binarize_model(reference)
+    for _ in range(2):  # a compiled network must not have kept the weights it was compiled with
+        torch.testing.assert_close(network(x), latent)
+        with bc.binarized():
+            torch.testing.assert_close(network(x), reference(x))
+    assert not torch.allclose(latent, reference(x))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, Wrapper, compiled])
+def test_a_wrapped_model_inside_is_binarised(wrap):
+    inner = fill(small_model(), [0.3, -0.2, 0.0])
+    bc = BC(wrap(inner))
+    assert len(bc.targets()) == 4
+    before = bits(bc.targets())
+    with bc.binarized():
+        assert all(is_binary(layer.weight) for _, layer in weight_layers(inner))
+        bc(torch.randn(2, 2, 4, 4))
+    assert bits(bc.targets()) == before
+
+
+def test_gradients_are_those_at_the_binary_weights():
+    torch.manual_seed(0)
+    bc = BC(small_model())
+    reference, x = copy.deepcopy(bc.model), torch.randn(4, 2, 3, 3)
+    binarize_model(reference)
+    reference(x).square().sum().backward()
+    bc.binarization()
+    bc(x).square().sum().backward()
+    bc.restore()
+    for ours, theirs in zip(bc.model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+# -- any order of calls ----------------------------------------------------------------------------------------
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Whatever is called in whatever order: the weights are the latent ones or exactly -1 and +1, and the latent
+    ones are bit for bit what only a step, a clip or a load may make of them."""
+
+    @initialize(numbers=values, stochastic=st.booleans())
+    def start(self, numbers: list[float], stochastic: bool) -> None:
+        self.bc = BC(fill(small_model(), numbers), stochastic=stochastic)
+        self.latent = [w.detach().clone() for w in self.bc.targets()]
+        self.signs: list[Tensor] | None = None
+        self.rest = bits(others(self.bc.model))
+
+    @rule(stochastic=st.sampled_from([None, False, True]))
+    def binarise(self, stochastic: bool | None) -> None:
+        self.bc.binarization(stochastic=stochastic)
+        if self.signs is None:
+            self.signs = [w.detach().clone() for w in self.bc.targets()]
+            if not (self.bc.stochastic if stochastic is None else stochastic):
+                assert [s.reshape(-1).tolist() for s in self.signs] == [by_hand(w) for w in self.latent]
+
+    @rule()
+    def restore(self) -> None:
+        self.bc.restore()
+        self.signs = None
+
+    @rule()
+    def save(self) -> None:
+        self.bc.save_params()
+
+    @rule()
+    def clip(self) -> None:
+        self.bc.clip()
+        self.latent = [w.clamp(-1, 1) for w in self.latent]
+
+    @rule(fails=st.booleans(), again=st.booleans())
+    def context(self, fails: bool, again: bool) -> None:
+        standing = bits(self.signs) if self.signs is not None else None
+        try:
+            with self.bc.binarized():
+                assert standing in (None, bits(self.bc.targets()))
+                if again:
+                    with self.bc.binarized():
+                        self.bc.binarization()
+                    assert self.bc.is_binarized
+                if fails:
+                    raise InterruptedError
+        except InterruptedError:
+            assert fails
+
+    @rule()
+    def go_on_with_a_copy(self) -> None:
+        old, self.bc = self.bc, copy.deepcopy(self.bc)
+        with torch.no_grad():  # nothing of the copy is the old one's
+            for tensor in [*old.parameters(), *old.buffers()]:
+                tensor.fill_(7)
+
+    @rule()
+    def move(self) -> None:
+        self.bc.to("cpu", memory_format=torch.channels_last)
+
+    @rule()
+    def read_the_state(self) -> None:
+        state = self.bc.state_dict()
+        held = self.signs or self.latent
+        assert bits([state[f"model.{name}"] for name in self.bc.target_names]) == bits(held)
+
+    @precondition(lambda self: self.signs is None)
+    @rule()
+    def load_into_another(self) -> None:
+        state = copy.deepcopy(self.bc.state_dict())
+        self.bc = BC(small_model(), stochastic=self.bc.stochastic)
+        self.bc.load_state_dict(state)
+
+    @precondition(lambda self: self.signs is None)
+    @rule(by=st.floats(-2, 2, width=32))
+    def change_the_latent_weights(self, by: float) -> None:
+        with torch.no_grad():
+            for w in self.bc.targets():
+                w.clamp_(-3, 3).add_(by)
+        self.latent = [w.clamp(-3, 3) + torch.tensor(by) for w in self.latent]
+
+    @invariant()
+    def holds(self) -> None:
+        if not hasattr(self, "bc"):
+            return
+        weights = self.bc.targets()
+        assert self.bc.is_binarized == (self.signs is not None)
+        assert bits(self.bc.latent_weights()) == bits(self.latent)
+        assert bits(weights) == bits(self.signs if self.signs is not None else self.latent)
+        assert self.signs is None or all(is_binary(w) for w in weights)
+        assert bits(others(self.bc.model)) == self.rest
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(
+    max_examples=80, stateful_step_count=25, deadline=None, derandomize=True, database=None
+)
+
+
+# -- one rule for all ------------------------------------------------------------------------------------------
+
+
+def resnet_with_zeros() -> nn.Module:
+    model = build("resnet20").eval()
+    return fill(model, [0.0, -0.0, 0.5, -0.5, 1e-45, -1e-45, 1.0])
+
+
+def signs_in_training(model: nn.Module) -> Tensor:
+    bc = BC(copy.deepcopy(model))
+    bc.binarization()
+    return torch.cat([w.detach().reshape(-1) for w in bc.targets()])
+
+
+def signs_in_scoring(model: nn.Module) -> Tensor:
+    bc = BC(copy.deepcopy(model), stochastic=True)
+    with bc.binarized():
+        return torch.cat([w.detach().reshape(-1) for w in bc.targets()])
+
+
+def signs_in_binarised_files(model: nn.Module) -> Tensor:
+    model = copy.deepcopy(model)
+    binarize_model(model)
+    return torch.cat([layer.weight.detach().reshape(-1) for _, layer in weight_layers(model)])
+
+
+def signs_in_packed_files(model: nn.Module) -> Tensor:
+    model = copy.deepcopy(model)
+    binarize_model(model)
+    unpacked = unpack_model(pack_model(model, "resnet20"), fold=False)
+    return torch.cat([layer.weight.detach().reshape(-1) for _, layer in weight_layers(unpacked)])
+
+
+def signs_in_the_metrics(model: nn.Module) -> Tensor:
+    watch = SignWatch(BC(copy.deepcopy(model)))
+    watch.begin()
+    return watch.state_dict()["signs"].float() * 2 - 1
+
+
+USERS = [
+    signs_in_training,
+    signs_in_scoring,
+    signs_in_binarised_files,
+    signs_in_packed_files,
+    signs_in_the_metrics,
+]
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_zeros_have_the_same_sign_everywhere(user):
+    model = resnet_with_zeros()
+    weights = torch.cat([layer.weight.detach().reshape(-1) for _, layer in weight_layers(model)])
+    assert user(model).tolist() == by_hand(weights)
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_there_is_one_place_that_decides_the_sign(user, monkeypatch):
+    """Turned round in that place, the signs are turned round everywhere."""
+    model = resnet_with_zeros()
+    as_it_is = user(model)
+    original = binary_sign
+    for module in list(sys.modules.values()):
+        if getattr(module, "binary_sign", None) is original and module is not sys.modules[__name__]:
+            monkeypatch.setattr(module, "binary_sign", lambda w: -original(w))
+    assert torch.equal(user(model), -as_it_is)
+
+
+@quick
+@given(st.lists(st.integers(0, 5), max_size=4), st.randoms(use_true_random=False))
+def test_signs_survive_packing_whatever_their_shape(shape, random):
+    count = math.prod(shape)
+    signs = torch.tensor([random.choice([-1.0, 1.0]) for _ in range(count)]).reshape(shape)
+    packed = pack_bits(signs)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == ((count + 7) // 8,)
+    assert torch.equal(unpack_bits(packed, count).view(shape), signs)
+
+
+# -- numerics --------------------------------------------------------------------------------------------------
+
+
+def make_step(
+    bc: BC,
+    optimizer: str,
+    *,
+    latent_lr: float,
+    latent_weight_decay: float = 0.0,
+    lr: float = 0.1,
+    weight_decay: float = 0.0,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The very step of main_binary.py, in full precision on the CPU."""
+    args = argparse.Namespace(
+        optimizer=optimizer,
+        latent_lr=latent_lr,
+        latent_weight_decay=latent_weight_decay,
+        lr=lr,
+        weight_decay=weight_decay,
+    )
+    run = Run(args, torch.device("cpu"), Path("."), "latent", None, None)
+
+    def criterion(logits: Tensor, _images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+    return main_binary.make_train_step(run, bc, bc, main_binary.make_optimizers(args, bc), criterion, logit_scale)
+
+
+class Reference:
+    """Algorithm 1 of the BinaryConnect paper in float64 and numpy, written to be read, for the small network
+
+    3x3 convolution - BatchNorm - ReLU - mean over all pixels - linear layer with a bias - cross-entropy.
+    """
+
+    def __init__(self, conv: np.ndarray, linear: np.ndarray, bias: np.ndarray, optimizer: str, **options: float):
+        self.latent = {"conv": conv, "linear": linear}
+        self.others = {"gamma": np.ones(len(conv)), "beta": np.zeros(len(conv)), "bias": bias}
+        self.optimizer, self.options = optimizer, options
+        self.memory: dict[str, list[np.ndarray]] = {}
+        self.steps = 0
+
+    def gradients(self, x: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+        """dC/dw at the binary weights; x: (N, C, H, W)."""
+        conv, linear = (np.where(w >= 0, 1.0, -1.0) for w in self.latent.values())
+        gamma, beta, bias = self.others.values()
+        n, _, height, width = x.shape
+        padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
+        taps = [(i, j, padded[:, :, i : i + height, j : j + width]) for i in range(3) for j in range(3)]
+        y = sum(np.einsum("nchw,oc->nohw", tap, conv[:, :, i, j]) for i, j, tap in taps)
+
+        axes, per_channel = (0, 2, 3), (1, -1, 1, 1)
+        mean, deviation = y.mean(axes, keepdims=True), np.sqrt(y.var(axes, keepdims=True) + 1e-5)
+        normal = (y - mean) / deviation
+        z = gamma.reshape(per_channel) * normal + beta.reshape(per_channel)
+        pooled = np.maximum(z, 0).mean((2, 3))
+        logits = self.options["logit_scale"] * (pooled @ linear.T + bias)
+
+        smoothing, classes = self.options["label_smoothing"], len(bias)
+        target = np.full((n, classes), smoothing / classes) + (1 - smoothing) * np.eye(classes)[labels]
+        softmax = np.exp(logits - logits.max(1, keepdims=True))
+        softmax /= softmax.sum(1, keepdims=True)
+        d_out = self.options["logit_scale"] * (softmax - target) / n
+
+        d_z = ((d_out @ linear) / (height * width))[:, :, None, None] * (z > 0)
+        d_normal = d_z * gamma.reshape(per_channel)
+        d_y = d_normal - d_normal.mean(axes, keepdims=True)
+        d_y = (d_y - normal * (d_normal * normal).mean(axes, keepdims=True)) / deviation
+        d_conv = np.zeros_like(conv)
+        for i, j, tap in taps:
+            d_conv[:, :, i, j] = np.einsum("nohw,nchw->oc", d_y, tap)
+        return {
+            "conv": d_conv,
+            "linear": d_out.T @ pooled,
+            "gamma": (d_z * normal).sum(axes),
+            "beta": d_z.sum(axes),
+            "bias": d_out.sum(0),
+        }
+
+    def step(self, x: np.ndarray, labels: np.ndarray) -> None:
+        self.steps += 1
+        gradients = self.gradients(x, labels)
+        for name, w in self.latent.items():
+            rule = self.adam if self.optimizer == "adam" else self.nesterov
+            change = rule(name, w, gradients[name], self.options["latent_lr"], self.options["latent_weight_decay"])
+            self.latent[name] = np.clip(w + change, -1, 1)
+        for name, w in self.others.items():
+            change = self.nesterov(name, w, gradients[name], self.options["lr"], self.options["weight_decay"])
+            self.others[name] = w + change
+
+    def nesterov(self, name: str, w: np.ndarray, gradient: np.ndarray, lr: float, decay: float) -> np.ndarray:
+        gradient = gradient + decay * w
+        velocity = 0.9 * self.memory[name][0] + gradient if name in self.memory else gradient
+        self.memory[name] = [velocity]
+        return -lr * (gradient + 0.9 * velocity)
+
+    def adam(self, name: str, w: np.ndarray, gradient: np.ndarray, lr: float, decay: float) -> np.ndarray:
+        gradient = gradient + decay * w
+        first, second = self.memory.get(name, [np.zeros_like(w), np.zeros_like(w)])
+        self.memory[name] = [0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2]
+        first, second = self.memory[name]
+        first, second = first / (1 - 0.9**self.steps), second / (1 - 0.999**self.steps)
+        return -lr * first / (np.sqrt(second) + 1e-8)
+
+
+NUMERICS = {
+    "adam": {"latent_lr": 0.05, "latent_weight_decay": 1e-3},
+    "sgd": {"latent_lr": 2.0, "latent_weight_decay": 1e-3},
+}
+
+
+@pytest.mark.parametrize("optimizer", NUMERICS)
+def test_twenty_steps_are_those_of_the_paper_in_float64(optimizer):
+    options = NUMERICS[optimizer] | {"lr": 0.1, "weight_decay": 1e-3, "logit_scale": 0.5, "label_smoothing": 0.1}
+    random = np.random.default_rng(9)
+    torch.manual_seed(9)
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 3, padding=1, bias=False),
+        nn.BatchNorm2d(5),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, 4),
+    )
+    with torch.no_grad():
+        for layer in (model[0], model[5]):
+            layer.weight.uniform_(-1, 1)
+    bc = BC(model)
+    step = make_step(bc, optimizer, **options)
+    conv, linear, bias = (t.detach().double().numpy().copy() for t in (*bc.targets(), model[5].bias))
+    reference = Reference(conv, linear, bias, optimizer, **options)
+    nearest, smallest, flips, clipped = 1.0, 1.0, 0, 0
+    for _ in range(20):
+        x, labels = random.normal(size=(16, 3, 6, 6)).astype(np.float32), random.integers(0, 4, 16)
+        before = {name: w >= 0 for name, w in reference.latent.items()}
+        gradients = reference.gradients(x.astype(np.float64), labels)
+        reference.step(x.astype(np.float64), labels)
+        step(torch.from_numpy(x), torch.from_numpy(labels))
+        for name, w in reference.latent.items():
+            nearest, smallest = min(nearest, np.abs(w).min()), min(smallest, np.abs(gradients[name]).min())
+            flips += int((before[name] != (w >= 0)).sum())
+            clipped += int((np.abs(w) == 1).sum())
+    assert nearest > 2e-5, "choose another seed: rounding could flip a sign"
+    if optimizer == "adam":
+        assert smallest > 1e-6, "choose another seed: Adam divides by the gradient's size and would enlarge rounding"
+    assert flips > 10, "too few signs changed for the test to mean much"
+    assert clipped > 10
+    for ours, theirs in zip(bc.targets(), reference.latent.values(), strict=True):
+        np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=0, atol=5e-6)
+    for ours, theirs in zip((model[1].weight, model[1].bias, model[5].bias), reference.others.values(), strict=True):
+        np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=0, atol=5e-6)
