@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 EXIT_MISTAKE = 2
+PROBE = ".write-probe"
 
 
 class UserError(Exception):
@@ -38,7 +39,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Each option with its default; None, booleans and flags carry theirs in their own words."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, False, True, argparse.SUPPRESS) or "default" in (action.help or ""):
+        unsaid = (None, False, True, argparse.SUPPRESS)
+        if any(action.default is value for value in unsaid) or "default" in (action.help or ""):  # 0 is said
             return action.help or ""
         return super()._get_help_string(action)
 
@@ -58,8 +60,8 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def integer(minimum: int) -> Callable[[str], int]:
-    """An argparse type: a whole number of at least `minimum`."""
+def integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least `minimum` and at most `maximum`."""
 
     def parse(text: str) -> int:
         try:
@@ -68,6 +70,8 @@ def integer(minimum: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < minimum:
             raise argparse.ArgumentTypeError(f"{value} is too small: at least {minimum} is needed")
+        if value > maximum:
+            raise argparse.ArgumentTypeError(f"{value} is too large: at most {maximum} fits")
         return value
 
     return parse
@@ -110,7 +114,7 @@ def add_data_dir_option(parser: argparse._ActionsContainer) -> None:
 
 def add_device_options(group: argparse._ActionsContainer) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    group.add_argument("--threads", type=integer(1), metavar="N", help="CPU threads (default: torch's choice)")
+    group.add_argument("--threads", type=integer(1, 1024), metavar="N", help="CPU threads (default: torch's choice)")
 
 
 def add_output_option(parser: argparse._ActionsContainer) -> None:
@@ -156,7 +160,7 @@ def prepare_output_dir(folder: Path, option: str = "--output-dir") -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-probe-{os.getpid()}"
+        probe = folder / f"{PROBE}.tmp-{os.getpid()}"  # named as what remove_leftovers finds
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:

@@ -15,6 +15,7 @@ from typing import IO, Any
 from engine.cli import UserError, reason
 
 _TEMPORARY = ".tmp-"
+_GATHERING = ".part"
 _STALE_SECONDS = 3600
 
 
@@ -72,27 +73,58 @@ def remove_leftovers(folder: Path, names: Iterable[str], *, sole_writer: bool) -
 def set_aside(folder: Path, names: Iterable[str]) -> Path | None:
     """Move the files of `names` that exist into one new folder `previous-N`; return it, or None if none exists.
 
+    They gather in `previous-N.part`, which gets its name when all are there: see `undo_unfinished_moves`.
     Raises UserError where they cannot be moved.
     """
-    present = [folder / name for name in names if (folder / name).exists()]
+    present = [folder / name for name in names if os.path.lexists(folder / name)]
     if not present:
         return None
-    number = 1
-    while True:
-        target = folder / f"previous-{number}"
-        try:
-            target.mkdir()
-            break
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            raise UserError(f"{target}: cannot be created: {reason(error)}") from error
+    target, gathering = _make_target(folder)
     for path in present:
         try:
-            os.replace(path, target / path.name)
+            os.replace(path, gathering / path.name)
         except OSError as error:
-            raise UserError(f"{path}: cannot be moved to {target}: {reason(error)}") from error
+            raise UserError(f"{path}: cannot be moved to {gathering}: {reason(error)}") from error
+    try:
+        gathering.rename(target)
+        _sync_folder(folder)
+    except OSError as error:
+        raise UserError(f"{gathering}: cannot be renamed to {target.name}: {reason(error)}") from error
     return target
+
+
+def _make_target(folder: Path) -> tuple[Path, Path]:
+    """A name that is free, and the folder, made now, that will bear it."""
+    number = 0
+    while True:
+        number += 1
+        target = folder / f"previous-{number}"
+        gathering = folder / f"previous-{number}{_GATHERING}"
+        if target.exists():
+            continue
+        try:
+            gathering.mkdir()
+            return target, gathering
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"{gathering}: cannot be created: {reason(error)}") from error
+
+
+def undo_unfinished_moves(folder: Path) -> None:
+    """Put back what a killed `set_aside` had moved so far, so that the set is whole again. Needs the folder lock.
+
+    Raises UserError where that cannot be done.
+    """
+    for gathering in folder.glob(f"previous-*{_GATHERING}"):
+        try:
+            for path in gathering.iterdir():
+                if os.path.lexists(folder / path.name):
+                    raise UserError(f"{path}: left by an interrupted move, and {path.name} exists; move one away")
+                os.replace(path, folder / path.name)
+            gathering.rmdir()
+        except OSError as error:
+            raise UserError(f"{gathering}: its files cannot be moved back: {reason(error)}") from error
 
 
 class FolderLock:

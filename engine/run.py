@@ -21,8 +21,8 @@ from tqdm import tqdm
 from engine import checkpoint as checkpoints
 from engine import cli, distributed, runtime
 from engine.checkpoint import BEST, FINAL, LAST
-from engine.cli import UserError
-from engine.files import FolderLock, remove_leftovers
+from engine.cli import UserError, reason
+from engine.files import FolderLock, remove_leftovers, undo_unfinished_moves
 from engine.tracking import CURVES, METRICS
 from models import ARCHITECTURES
 from models.resnet_s import weight_layers
@@ -30,7 +30,6 @@ from models.resnet_s import weight_layers
 RUN_FILES = (BEST, FINAL, LAST, METRICS, CURVES)
 # What may differ between the two parts of a resumed run; every other option must be what it was.
 FREE_OPTIONS = {"resume", "debug", "data_dir", "output_dir", "device", "threads", "wandb"}
-_PATH_OPTIONS = {"init", "teacher"}
 
 
 def add_training_options(parser: cli.ArgumentParser, *, lr: float, weight_decay: float) -> None:
@@ -52,7 +51,7 @@ def add_training_options(parser: cli.ArgumentParser, *, lr: float, weight_decay:
     data = parser.add_argument_group("data for trials")
     data.add_argument(
         "--val-size",
-        type=cli.integer(0),
+        type=cli.integer(0, maximum=49_990),  # of 50,000; one of each class must be left
         default=0,
         metavar="N",
         help="hold out N training images, choose on them",
@@ -63,7 +62,7 @@ def add_training_options(parser: cli.ArgumentParser, *, lr: float, weight_decay:
     run.add_argument(
         "--resume",
         nargs="?",
-        const=LAST,
+        const="",
         metavar="CKPT",
         help=f"go on from CKPT (default: {LAST} in the output folder); options not given are those of the run",
     )
@@ -113,38 +112,33 @@ class Run:
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
 
     @classmethod
-    def start(
-        cls, parser: cli.ArgumentParser, kind: str, check: Callable[[argparse.Namespace], None] | None = None
-    ) -> Run:
-        """Read the command line and make the run ready, together with the other processes where there are any.
-
-        check: looks at the options once they are complete; raises UserError.
-        """
+    def start(cls, parser: cli.ArgumentParser, kind: str) -> Run:
+        """Read the command line and make the run ready, together with the other processes where there are any."""
         runtime.silence_compiler()
         runtime.keep_freed_memory()
         distributed.start()
         with distributed.one_message():
-            return cls._start(parser, kind, check)
+            return cls._start(parser, kind)
 
     @classmethod
-    def _start(cls, parser: cli.ArgumentParser, kind: str, check: Callable[[argparse.Namespace], None] | None) -> Run:
+    def _start(cls, parser: cli.ArgumentParser, kind: str) -> Run:
         args, given = parse(parser)
+        device = distributed.own_device(cli.select_device(args.device, args.threads))
+        if args.resume == "" and not args.output_dir.exists():
+            raise UserError(f"--resume: there is no {args.output_dir / LAST}; start without --resume")
+        folder = cli.prepare_output_dir(args.output_dir)
+        lock = FolderLock(folder) if distributed.is_writer() else None
+        if lock:  # before the checkpoint is read: it may be among what is put back
+            remove_leftovers(folder, (*RUN_FILES, cli.PROBE), sole_writer=True)
+            undo_unfinished_moves(folder)
         resumed = None
         if args.resume is not None:
-            path = args.output_dir / LAST if args.resume == LAST else Path(args.resume)
-            resumed = _load_resumable(path, kind)
-            _adopt_options(args, given, resumed)
-        if check:
-            check(args)
-        device = distributed.own_device(cli.select_device(args.device, args.threads))
+            resumed = _load_resumable(Path(args.resume) if args.resume else folder / LAST, kind)
+            _adopt_options(parser, args, given, resumed)
         if args.batch_size % distributed.world_size():
             raise UserError(
                 f"--batch-size {args.batch_size} cannot be shared by {distributed.world_size()} processes"
             )
-        folder = cli.prepare_output_dir(args.output_dir)
-        lock = FolderLock(folder) if distributed.is_writer() else None
-        if lock:
-            remove_leftovers(folder, RUN_FILES, sole_writer=True)
         run = cls(args, device, folder, kind, resumed, lock)
         run.precision = (
             resumed.raw["training"]["precision"] if resumed else runtime.choose_precision(args.precision, device)
@@ -214,27 +208,56 @@ class Run:
 
 def _load_resumable(path: Path, kind: str) -> checkpoints.Checkpoint:
     loaded = checkpoints.load(path)
-    if not isinstance(loaded.raw.get("training"), dict):
+    training = loaded.raw.get("training")
+    if not isinstance(training, dict):
         raise UserError(f"{path}: holds weights but no training state; --resume needs a {LAST}")
     if loaded.kind != kind:
         other = {"float": "main.py", "latent": "main_binary.py"}.get(loaded.kind, "another script")
         raise UserError(f"{path}: its weights are {loaded.kind!r}: it is a run of {other}; resume it with that")
+    if training.get("precision") not in runtime.PRECISIONS or not isinstance(training.get("compiled"), bool):
+        raise UserError(f"{path}: does not say in which precision and mode it was run; use another copy")
     return loaded
 
 
-def _adopt_options(args: argparse.Namespace, given: set[str], resumed: checkpoints.Checkpoint) -> None:
+def _adopt_options(
+    parser: cli.ArgumentParser, args: argparse.Namespace, given: set[str], resumed: checkpoints.Checkpoint
+) -> None:
     """Take the options of the run that is resumed. Raises UserError for one given now that contradicts it."""
+    try:
+        before = parser.parse_args(_as_arguments(resumed.config, parser))  # holds them to the same rules
+    except UserError as error:
+        raise UserError(f"{resumed.path}: its options are not those of this script: {reason(error)}") from error
+    training = resumed.raw["training"]
+    became = {"compile": training["compiled"], "precision": training["precision"]}  # of a choice left to the script
     for name, value in vars(args).items():
-        if name in FREE_OPTIONS or name not in resumed.config:
+        if name in FREE_OPTIONS:
             continue
-        before = resumed.config[name]
-        now = str(value) if isinstance(value, Path) else value
-        if name in given and now != before:
+        recorded = getattr(before, name)
+        if name in given and value not in (recorded, became.get(name, recorded)):
             raise UserError(
-                f"--{name.replace('_', '-')} {now} contradicts {resumed.path}, which was run with {before}; "
-                "leave it out, or start a new run"
+                f"{_in_words(name, value)} contradicts {resumed.path}, which was run with "
+                f"{_in_words(name, became.get(name, recorded))}; leave it out, or start a new run"
             )
-        setattr(args, name, Path(before) if name in _PATH_OPTIONS and before else before)
+        setattr(args, name, recorded)
+
+
+def _as_arguments(options: dict[str, Any], parser: cli.ArgumentParser) -> list[str]:
+    """Options as `plain_options` gives them, as the command line that says the same."""
+    arguments = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            if value != parser.get_default(name):
+                arguments.append(f"--{'' if value else 'no-'}{name}")
+        elif value is not None:
+            arguments.append(f"--{name.replace('_', '-')}={value}")
+    return arguments
+
+
+def _in_words(name: str, value: Any) -> str:
+    option = name.replace("_", "-")
+    if value is None or isinstance(value, bool):
+        return f"--{option}" if value else f"no --{option}"
+    return f"--{option} {value}"
 
 
 def plain_options(args: argparse.Namespace) -> dict[str, Any]:
