@@ -32,9 +32,7 @@ SAMPLES = 24  # right and wrong predictions drawn, of each so many
 
 def make_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Score a checkpoint on the test set, as it was saved.")
-    parser.add_argument(
-        "checkpoint", nargs="?", type=Path, default=Path(BEST), metavar="CKPT", help="what to score"
-    )
+    parser.add_argument("checkpoint", nargs="?", type=Path, default=Path(BEST), metavar="CKPT", help="what to score")
     cli.add_data_options(parser, batch_size=500)
     parser.add_argument(
         "--plot",
@@ -126,7 +124,9 @@ def _draw_confusion(axes: object, scores: Scores) -> None:
     places = range(len(cifar10.CLASSES))
     axes.set_xticks(places, cifar10.CLASSES, rotation=45, ha="right")
     axes.set_yticks(places, cifar10.CLASSES)
-    axes.set(xlabel="predicted class", ylabel="true class", title="Confusion matrix (images; colour: share of the row)")
+    axes.set(
+        xlabel="predicted class", ylabel="true class", title="Confusion matrix (images; colour: share of the row)"
+    )
 
 
 def _draw_samples(axes: object, title: str, samples: list[tuple[int, int]], split: cifar10.Split) -> None:
@@ -184,7 +184,7 @@ def main() -> None:
     print_scores(scores, data, loaded.logit_scale)
     if args.plot:
         samples = sample_predictions(model, data.test, args.batch_size, device)
-        title = f"{loaded.path.name}: {loaded.arch}, {scores.accuracy:.2f}% of {data.scored_on}"
+        title = f"{loaded.path.name}: {loaded.arch}, {scores.accuracy:.2f}% on {data.scored_on}"
         draw(args.plot, title, scores, samples, data.test)
         print(f"\nSaved the confusion matrix and sample predictions: {args.plot}")
 

@@ -9,7 +9,7 @@ from engine.checkpoint import BINARY_1BIT, Checkpoint
 
 KIND_WORDS = {
     "float": "full-precision weights",
-    "latent": "latent weights of BinaryConnect (real values; their signs are the network)",
+    "latent": "latent weights of BinaryConnect, real-valued",
     "binary": "binary weights, -1 and +1, each a float32",
     BINARY_1BIT: "binary weights, one bit each",
     "unknown": "weights of a kind that the file does not tell",
@@ -53,14 +53,10 @@ def share(part: int, whole: int) -> str:
     return f"{100 * part / max(whole, 1):.2f}%"
 
 
-def short(value: float, width: int) -> str:
-    """`value` with up to four significant decimals, in at most `width` >= 6 characters (7 where it is negative
-    and tiny or huge)."""
+def fixed(value: float) -> str:
+    """`value` in at most 8 characters: with four decimals, or in powers of ten where those would not show it."""
     value = value + 0.0  # -0.0 is 0
-    if value == round(value) and len(f"{value:.0f}") <= width:
-        return f"{value:.0f}"
-    for digits in range(4, 0, -1):
-        text = f"{value:.{digits}g}"
-        if len(text) <= width:
-            break
+    text = f"{value:.4f}"
+    if len(text) > 8 or (value != 0 and abs(value) < 0.0005):
+        text = f"{value:.1e}"
     return text
