@@ -1,0 +1,213 @@
+"""eval_binarized.py, save_binary_model.py and load_binarized_example.py, run as processes one after the other."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from networks import save_checkpoint, sha256
+
+from engine import checkpoint
+from engine.checkpoint import BEST, BINARIZED, PACKED
+from engine.cli import UserError
+from models.binaryconnect import binary_sign
+from models.resnet_s import weight_layers
+
+SCRIPTS = ("eval_binarized.py", "save_binary_model.py", "load_binarized_example.py")
+ACCURACY = re.compile(r"^Test Accuracy: (\d+\.\d\d)%$", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def workflow(tmp_path_factory: pytest.TempPathFactory, small_data: Path, run_script: Callable) -> dict[str, object]:
+    """The three scripts on a latent checkpoint: the folder, and what each of them printed."""
+    folder = tmp_path_factory.mktemp("workflow")
+    save_checkpoint(folder / BEST, "latent")
+    printed = {"folder": folder}
+    for script in SCRIPTS:
+        printed[script] = run_script(script, "--data-dir", small_data, cwd=folder).stdout
+    printed["packed example"] = run_script(SCRIPTS[2], PACKED, "--data-dir", small_data, cwd=folder).stdout
+    return printed
+
+
+def test_eval_binarized_says_what_it_promises(workflow: dict) -> None:
+    printed = workflow["eval_binarized.py"]
+    assert "✓ All convolution/linear weights are binary {-1, +1}\n" in printed
+    size = (workflow["folder"] / BINARIZED).stat().st_size
+    assert f"✓ Saved binarized model: {size / 1e6:.2f} MB\n" in printed
+    assert len(ACCURACY.findall(printed)) == 1
+
+
+def test_the_binarised_file_holds_the_signs_and_what_the_source_said(workflow: dict) -> None:
+    source = checkpoint.load(workflow["folder"] / BEST)
+    made = checkpoint.load(workflow["folder"] / BINARIZED)
+    names = {f"{name}.weight" for name, _ in weight_layers(source.model())}
+    for key, value in source.state_dict.items():
+        assert torch.equal(made.state_dict[key], binary_sign(value) if key in names else value), key
+    assert made.kind == "binary"
+    assert made.source_sha256 == sha256(workflow["folder"] / BEST)
+    assert (made.epoch, made.config, made.logit_scale) == (source.epoch, source.config, source.logit_scale)
+    assert made.metrics["val_accuracy"] == 12.5
+    assert f"{made.metrics['test_accuracy']:.2f}" == ACCURACY.findall(workflow["eval_binarized.py"])[0]
+    assert made.metrics["test_images"] == 100
+
+
+def test_packing_proves_itself_and_measures_the_files(workflow: dict) -> None:
+    printed, folder = workflow["save_binary_model.py"], workflow["folder"]
+    assert "all 268,336 signs are identical" in printed
+    assert "Same predictions on 100 of 100 images" in printed
+    assert len(ACCURACY.findall(printed)) == 2  # the binarised network, and the one unpacked from the file
+    for name in (BEST, BINARIZED, PACKED):
+        assert re.search(rf"\({name}\) +{(folder / name).stat().st_size:,} ", printed), name
+    assert re.search(r"information limit.* 39,086 ", printed)
+    assert re.search(r"one bit each +33,542 +32\.0x", printed)
+    table = printed.partition("\n\n")[2]
+    assert max(map(len, table.splitlines())) <= 80
+
+
+def test_the_packed_file_is_small_and_describes_itself(workflow: dict) -> None:
+    path = workflow["folder"] / PACKED
+    assert path.stat().st_size <= 42_000
+    packed, _ = checkpoint.read(path)
+    assert set(packed) == {
+        *("format_version", "arch", "kind", "batchnorm", "signs", "floats"),
+        *("accuracy", "test_images", "logit_scale", "source_sha256", "checksum"),
+    }
+    assert packed["source_sha256"] == sha256(workflow["folder"] / BEST)
+
+
+def test_all_scripts_report_the_same_accuracy(workflow: dict) -> None:
+    found = {figure for name in (*SCRIPTS, "packed example") for figure in ACCURACY.findall(workflow[name])}
+    assert len(found) == 1
+    assert len(ACCURACY.findall(workflow["packed example"])) == 1
+
+
+def test_the_example_shows_predictions(workflow: dict) -> None:
+    assert workflow[SCRIPTS[2]].count("classified as") == 5
+    assert "all 268,336 weights are -1 or +1" in workflow["packed example"]
+
+
+def test_a_file_of_another_source_is_moved_aside(
+    workflow: dict, tmp_path: Path, small_data: Path, run_script: Callable
+) -> None:
+    for name in (BINARIZED, PACKED):
+        shutil.copy(workflow["folder"] / name, tmp_path / name)
+    before = {name: sha256(tmp_path / name) for name in (BINARIZED, PACKED)}
+    save_checkpoint(tmp_path / "other.pth", "latent", seed=1)
+    binarise = ("eval_binarized.py", "other.pth", "--data-dir", small_data)
+    assert "moved to previous-1" in run_script(*binarise, cwd=tmp_path).stdout
+    assert "moved to previous-2" in run_script("save_binary_model.py", *binarise[1:], cwd=tmp_path).stdout
+    assert sha256(tmp_path / "previous-1" / BINARIZED) == before[BINARIZED]
+    assert sha256(tmp_path / "previous-2" / PACKED) == before[PACKED]
+    assert checkpoint.load(tmp_path / PACKED).source_sha256 == sha256(tmp_path / "other.pth")
+    run_script(*binarise, cwd=tmp_path)  # of the same source: replaced
+    assert not (tmp_path / "previous-3").exists()
+
+
+def test_packing_the_binarised_file_gives_the_same_bits(
+    workflow: dict, tmp_path: Path, small_data: Path, run_script: Callable
+) -> None:
+    source = workflow["folder"] / BINARIZED
+    arguments = (source, "--data-dir", small_data, "--limit-test", 20, "--keep-batchnorm", "--output-dir", "new/one")
+    printed = run_script("save_binary_model.py", *arguments, cwd=tmp_path).stdout
+    assert "20 test images, not all of them" in printed
+    kept = checkpoint.load(tmp_path / "new/one" / PACKED)
+    folded = checkpoint.load(workflow["folder"] / PACKED)
+    assert torch.equal(kept.raw["signs"], folded.raw["signs"])
+    assert kept.raw["batchnorm"] == "kept"
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in kept.model(fold=False).modules())
+
+
+def test_float_weights_are_binarised_with_a_warning(tmp_path: Path, small_data: Path, run_script: Callable) -> None:
+    save_checkpoint(tmp_path / BEST, "float", arch="resnet32")
+    printed = run_script("save_binary_model.py", "--data-dir", small_data, "--limit-test", 10, cwd=tmp_path).stdout
+    assert sum(line.startswith("⚠") for line in printed.splitlines()) == 1
+    assert checkpoint.load(tmp_path / PACKED).arch == "resnet32"
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "message"),
+    [
+        ("eval_binarized", BINARIZED, "binary already"),
+        ("eval_binarized", PACKED, "binary already"),
+        ("save_binary_model", PACKED, "packed already"),
+        ("load_binarized_example", BEST, "not binary; binarise it with eval_binarized.py"),
+        ("load_binarized_example", "missing.pth", "no such file"),
+    ],
+)
+def test_the_wrong_kind_is_refused_before_data_is_sought(
+    workflow: dict, script: str, name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [script, str(workflow["folder"] / name), "--data-dir", "no-data"])
+    with pytest.raises(UserError, match=f"{re.escape(name)}: .*{message}"):
+        importlib.import_module(script).main()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_wrong_kind_is_one_line_of_a_process(workflow: dict, tmp_path: Path, run_script: Callable) -> None:
+    path = workflow["folder"] / BEST
+    done = run_script("load_binarized_example.py", path, "--data-dir", "no-data", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_proof_that_fails_leaves_the_old_file(
+    workflow: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import save_binary_model
+
+    data = tmp_path / PACKED
+    shutil.copy(workflow["folder"] / PACKED, data)
+    before = sha256(data)
+    real = save_binary_model.pack_model
+
+    def flip_one(*arguments: object, **options: object) -> dict:
+        packed = real(*arguments, **options)
+        packed["signs"][1000] ^= 1
+        return packed
+
+    monkeypatch.setattr(save_binary_model, "pack_model", flip_one)
+    monkeypatch.setattr(save_binary_model, "score", lambda *_: (FAKE_SCORES, torch.zeros(1, 10)))
+    monkeypatch.setattr(save_binary_model.cifar10, "load", lambda *_, **__: FAKE_DATA)
+    monkeypatch.setattr("sys.argv", ["save", str(workflow["folder"] / BEST), "--output-dir", str(tmp_path)])
+    with pytest.raises(RuntimeError, match="signs differ"):
+        save_binary_model.main()
+    assert sha256(data) == before
+    assert [path.name for path in tmp_path.iterdir()] == [PACKED]
+
+
+class FAKE_SCORES:
+    accuracy, images = 10.0, 1
+
+
+class FAKE_DATA:
+    scored_on = "1 test image"
+
+
+@pytest.mark.parametrize(("difference", "agrees"), [(1e-6, True), (0.5, False), (float("nan"), False)])
+def test_logits_agree_to_rounding_or_not(difference: float, agrees: bool) -> None:
+    from save_binary_model import prove_same_logits
+
+    expected = torch.randn(8, 10)
+    found = expected.clone()
+    found[3, 4] += difference
+    if agrees:
+        prove_same_logits(expected, found)
+    else:
+        with pytest.raises(RuntimeError, match="rounding"):
+            prove_same_logits(expected, found)
+
+
+@pytest.mark.real_data
+@pytest.mark.full
+def test_the_packed_file_predicts_the_same_on_all_real_test_images(
+    workflow: dict, real_data: Path, tmp_path: Path, run_script: Callable
+) -> None:
+    arguments = (workflow["folder"] / BEST, "--data-dir", real_data, "--output-dir", tmp_path)
+    printed = run_script("save_binary_model.py", *arguments, cwd=tmp_path, env={"OMP_NUM_THREADS": "2"}).stdout
+    assert "Same predictions on 10,000 of 10,000 images" in printed
