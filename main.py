@@ -69,7 +69,7 @@ def train(run: Run) -> None:
     def score(split_name: str) -> Scores:
         split = getattr(data, split_name)
         batches = cifar10.eval_batches(split, EVAL_BATCH, run.device, rank=rank, world_size=world_size)
-        return evaluate(model, batches, len(split))
+        return evaluate(model, batches, len(split), progress="scoring")
 
     run.describe(model, len(data.train), data.scored_on)
     fit(run, model, [optimizer], loader, train_step, score, chosen_on="val" if data.val else "test")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 import cifar10
@@ -27,7 +27,7 @@ from engine.evaluate import Scores, evaluate
 from engine.run import Run, add_training_options, closing
 from engine.tracking import SignWatch
 from engine.training import EVAL_BATCH, fit
-from models import BC, ResNetS, build
+from models import BC, build
 from models.bitpack import fold_normalisation
 
 
@@ -75,14 +75,17 @@ def load_init(path: Path | None, arch: str) -> checkpoint.Checkpoint | None:
     return loaded
 
 
-def load_teacher(path: Path | None) -> ResNetS | None:
-    """The network of --teacher, BatchNorm folded: the same outputs for less work. Any architecture of ours."""
+def load_teacher(path: Path | None, resumed: checkpoint.Checkpoint | None) -> checkpoint.Checkpoint | None:
+    """The checkpoint of --teacher, of any architecture. Raises UserError unless it is one in full precision, and,
+    for a run that is resumed, the one it began with, whatever its name and place are now."""
     if path is None:
         return None
     loaded = checkpoint.load(path)
+    if resumed and loaded.sha256 != resumed.raw.get("teacher_sha256"):
+        raise UserError(f"--teacher {path}: not the file that {resumed.path} was run with; name the one that is")
     if loaded.kind not in ("float", "unknown"):
         raise UserError(f"--teacher {path}: its weights are {loaded.kind}; a full-precision checkpoint is needed")
-    return fold_normalisation(loaded.model())
+    return loaded
 
 
 def make_optimizers(args: object, bc: BC) -> list[Optimizer]:
@@ -141,7 +144,7 @@ def make_train_step(
     return train_step
 
 
-def train(run: Run, init: checkpoint.Checkpoint | None, teacher: nn.Module | None) -> None:
+def train(run: Run, init: checkpoint.Checkpoint | None, taught_by: checkpoint.Checkpoint | None) -> None:
     args = run.args
     data = cifar10.load(
         args.data_dir, val_size=args.val_size, limit_train=args.limit_train, limit_test=args.limit_test
@@ -159,8 +162,7 @@ def train(run: Run, init: checkpoint.Checkpoint | None, teacher: nn.Module | Non
     bc.clip()
     optimizers = make_optimizers(args, bc)
     network = run.wrap(bc, len(data.train))
-    if teacher:
-        teacher = run.place(teacher)
+    teacher = run.place(fold_normalisation(taught_by.model())) if taught_by else None  # folded: less work
 
     def criterion(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
@@ -177,7 +179,7 @@ def train(run: Run, init: checkpoint.Checkpoint | None, teacher: nn.Module | Non
         split = getattr(data, split_name)
         batches = cifar10.eval_batches(split, EVAL_BATCH, run.device, rank=rank, world_size=world_size)
         with bc.binarized():  # the binarised network is the result: it is what is scored and chosen
-            return evaluate(model, batches, len(split), logit_scale=args.logit_scale)
+            return evaluate(model, batches, len(split), logit_scale=args.logit_scale, progress="scoring")
 
     run.describe(model, len(data.train), data.scored_on)
     fit(
@@ -189,7 +191,7 @@ def train(run: Run, init: checkpoint.Checkpoint | None, teacher: nn.Module | Non
         score,
         chosen_on="val" if data.val else "test",
         watch=SignWatch(bc),
-        about={"logit_scale": args.logit_scale},
+        about={"logit_scale": args.logit_scale, "teacher_sha256": taught_by.sha256 if taught_by else None},
     )
 
 
@@ -197,7 +199,7 @@ def main() -> None:
     with closing(Run.start(make_parser(), kind="latent")) as run:
         # A resumed run has its weights already; the teacher it needs in any case.
         init = None if run.resumed else load_init(run.args.init, run.args.arch)
-        train(run, init, load_teacher(run.args.teacher))
+        train(run, init, load_teacher(run.args.teacher, run.resumed))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import codecs
 import errno
 import math
 import os
+import signal
 import sys
 import textwrap
 import traceback
@@ -199,9 +200,14 @@ def fail(message: str) -> int:
     return EXIT_MISTAKE
 
 
+def _terminate(signum: int, _frame: object) -> None:
+    raise Interrupted(signum, "Terminated.")
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's main function and turn its errors into one line and an exit status."""
     use_plain_text_where_needed()
+    signal.signal(signal.SIGTERM, _terminate)  # so that what must be cleaned up is
     debug = "--debug" in sys.argv
     try:
         main()

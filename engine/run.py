@@ -22,7 +22,7 @@ from engine import checkpoint as checkpoints
 from engine import cli, distributed, runtime
 from engine.checkpoint import BEST, FINAL, LAST
 from engine.cli import UserError, reason
-from engine.files import FolderLock, remove_leftovers, undo_unfinished_moves
+from engine.files import FolderLock, remove_leftovers, set_aside, undo_unfinished_moves
 from engine.tracking import CURVES, METRICS
 from models import ARCHITECTURES
 from models.resnet_s import weight_layers
@@ -148,6 +148,22 @@ class Run:
         distributed.agree(resumed.sha256 if resumed else "", "the checkpoint they resume")
         return run
 
+    def resumes_its_own_folder(self) -> bool:
+        """Whether the checkpoint that is resumed is this folder's own: the files beside it are then of this run."""
+        return self.resumed is not None and self.resumed.path.resolve() == (self.folder / LAST).resolve()
+
+    def make_room(self) -> None:
+        """Move the files of an earlier run in this folder aside; a teacher among them is then found there."""
+        if not distributed.is_writer():
+            return
+        moved = set_aside(self.folder, RUN_FILES)
+        if not moved:
+            return
+        self.say(f"The files of the previous run were moved to {moved}.")
+        teacher = getattr(self.args, "teacher", None)
+        if teacher and not teacher.exists() and (moved / teacher.name).exists():
+            self.args.teacher = moved / teacher.name
+
     def say(self, text: str = "") -> None:
         """Print one line, in the writing process only."""
         if distributed.is_writer() and text is not None:
@@ -230,9 +246,9 @@ def _adopt_options(
     training = resumed.raw["training"]
     became = {"compile": training["compiled"], "precision": training["precision"]}  # of a choice left to the script
     for name, value in vars(args).items():
-        if name in FREE_OPTIONS:
-            continue
         recorded = getattr(before, name)
+        if name in FREE_OPTIONS or (name == "teacher" and name in given and recorded):  # whose content is compared
+            continue
         if name in given and value not in (recorded, became.get(name, recorded)):
             raise UserError(
                 f"{_in_words(name, value)} contradicts {resumed.path}, which was run with "

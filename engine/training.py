@@ -10,6 +10,7 @@ import math
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,8 +26,7 @@ from engine import distributed
 from engine.checkpoint import BEST, FINAL, LAST
 from engine.cli import Interrupted, UserError, reason
 from engine.evaluate import Scores
-from engine.files import set_aside
-from engine.run import RUN_FILES, Run, plain_options
+from engine.run import Run, plain_options
 from engine.tracking import WandbRun, draw_curves, write_metrics
 
 EVAL_BATCH = 500  # images per batch when scoring; any size gives the same figures but for rounding
@@ -38,6 +38,7 @@ class Loader(Protocol):
     """Batches of one split: see cifar10.TrainLoader."""
 
     steps_per_epoch: int
+    labels: Tensor  # of all the images, in file order
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]: ...
 
@@ -58,8 +59,9 @@ def make_schedulers(run: Run, optimizers: list[Optimizer], steps_per_epoch: int)
     """Linear warm-up, then cosine annealing to zero (Loshchilov and Hutter 2017, without restarts), step by step."""
     args = run.args
     total = args.epochs * steps_per_epoch
-    warmup = round(args.warmup_epochs * steps_per_epoch)
-    if args.warmup_epochs > 0 and args.epochs <= 2 * args.warmup_epochs:
+    if args.warmup_epochs == 0 or args.epochs > 2 * args.warmup_epochs:
+        warmup = round(args.warmup_epochs * steps_per_epoch)
+    else:
         warmup = total // 5
         run.say(f"Warm-up shortened to one fifth of the run, {warmup} steps: --epochs {args.epochs} is that short.")
     schedulers: list[LRScheduler] = []
@@ -76,13 +78,15 @@ def make_schedulers(run: Run, optimizers: list[Optimizer], steps_per_epoch: int)
 class _Signals:
     """Ctrl-C and SIGTERM while training: noted, and acted upon between two steps.
 
-    Before the first step of this process, which may take half a minute to compile, there is nothing new to
-    save, so they act at once. So does a second one.
+    Where there is nothing new to save they act at once: before the first step of this process, which may take half
+    a minute to compile, while scoring, and after the last epoch. So does a second one; within a second it counts
+    as the same, as some wrappers pass on what the terminal has sent already.
     """
 
     def __init__(self) -> None:
         self.signum = 0
         self.at_once = True
+        self._since = 0.0
 
     def __enter__(self) -> _Signals:
         numbers = [signal.SIGINT, signal.SIGTERM]
@@ -94,10 +98,18 @@ class _Signals:
             signal.signal(number, handler)
 
     def _note(self, signum: int, _frame: object) -> None:
-        again = self.signum != 0
-        self.signum = signum
+        now = time.monotonic()
+        again = self.signum != 0 and now - self._since > 1
+        if not self.signum:
+            self.signum, self._since = signum, now
         if self.at_once or again:
-            raise Interrupted(signum)
+            raise Interrupted(self.signum)
+
+    def act_at_once(self) -> None:
+        """Act at once from here on, also on what was noted just now."""
+        self.at_once = True
+        if self.signum:
+            raise Interrupted(self.signum)
 
 
 class Trainer:
@@ -123,7 +135,8 @@ class Trainer:
         self.seconds = 0.0  # of the epoch under way
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {}
-        self.wandb_id: str | None = None
+        self.wandb_id = uuid.uuid4().hex[:8]
+        self.saved = (0, 0)  # finished epochs and steps that checkpoint_last.pth holds
         self.signals = _Signals()
         self._curves_drawn = -math.inf
         self._speed = 0.0
@@ -159,7 +172,7 @@ class Trainer:
             "history": self.history,
             "best": self.best,
             "wandb_id": self.wandb_id,
-            "steps_per_epoch": self.loader.steps_per_epoch,
+            "labels": checkpoints.digest(self.loader.labels),
         }
 
     def resume(self, resumed: checkpoints.Checkpoint) -> None:
@@ -171,11 +184,8 @@ class Trainer:
 
     def _load_training_state(self, resumed: checkpoints.Checkpoint) -> None:
         state = resumed.raw["training"]
-        if state["steps_per_epoch"] != self.loader.steps_per_epoch:
-            raise UserError(
-                f"{resumed.path}: its epochs have {state['steps_per_epoch']} steps, with this data and these options "
-                f"they have {self.loader.steps_per_epoch}; use the same data"
-            )
+        if state["labels"] != checkpoints.digest(self.loader.labels):
+            raise UserError(f"{resumed.path}: was run on other training images than --data-dir holds; use the same")
         totals = state["totals"].view(-1, 3)
         if len(totals) != distributed.world_size():
             raise UserError(
@@ -199,18 +209,27 @@ class Trainer:
         self.history, self.best, self.wandb_id = state["history"], state["best"], state["wandb_id"]
 
     def save_last(self) -> None:
-        totals = distributed.all_ranks(self.totals)
+        """Write checkpoint_last.pth. Raises UserError, the file untouched, where the weights have diverged."""
+        if not self._is_finite():
+            self._diverged()
+        state = self.training_state(distributed.all_ranks(self.totals))
         if distributed.is_writer():
-            state = self.training_state(totals)
-            checkpoints.save(
-                self.run.folder / LAST, self.checkpoint(self.epoch, self.latest_metrics(), training=state)
-            )
+            self._write_last(self.checkpoint(self.epoch, self.latest_metrics(), training=state))
+
+    def _write_last(self, content: dict[str, Any]) -> None:
+        checkpoints.save(self.run.folder / LAST, content)
+        self.saved = (self.epoch, self.steps_done)
+
+    def _is_finite(self) -> bool:
+        return all(bool(value.isfinite().all()) for value in self.model.state_dict().values())
 
     def save_best(self) -> None:
         """Write best_model.pth from the best weights kept in memory, which checkpoint_last.pth holds too."""
         if distributed.is_writer() and self.best:
-            content = self.checkpoint(self.best["epoch"], self.best["metrics"], state_dict=self.best["state_dict"])
-            checkpoints.save(self.run.folder / BEST, content)
+            checkpoints.save(self.run.folder / BEST, self._best_content())
+
+    def _best_content(self) -> dict[str, Any]:
+        return self.checkpoint(self.best["epoch"], self.best["metrics"], state_dict=self.best["state_dict"])
 
     # -- the loop ------------------------------------------------------------------------------------------
 
@@ -218,12 +237,15 @@ class Trainer:
         run = self.run
         if run.resumed:
             self.resume(run.resumed)
-            if self.epoch == run.args.epochs:
-                run.say(f"{run.resumed.path}: this run is finished, all {self.epoch} epochs of it.")
-                return
+            self.saved = (self.epoch, self.steps_done)
+        if not run.resumes_its_own_folder():
+            run.make_room()
+            self.save_last()  # from here on the run can be resumed
+        if run.resumed and self.epoch == run.args.epochs:
+            run.say(f"{run.resumed.path}: this run is finished, all {self.epoch} epochs of it.")
+            return
+        if run.resumed:
             run.say(f"Resuming {run.resumed.path} at epoch {self.epoch + 1}, after its step {self.steps_done}.")
-        elif distributed.is_writer():
-            self._start_fresh()
         tracker = WandbRun(
             run.args.wandb if distributed.is_writer() else "disabled",
             run.folder,
@@ -231,26 +253,20 @@ class Trainer:
             config=plain_options(run.args),
             run_id=self.wandb_id,
         )
-        self.wandb_id = tracker.id
-        if tracker.notice:
-            run.say(tracker.notice)
+        status = 1
         try:
-            with self.signals:
-                if not run.resumed:
-                    self.save_last()  # from here on the run can be resumed
-                while self.epoch < run.args.epochs:
-                    self.train_epoch()
-                    tracker.log(self.finish_epoch())
+            if tracker.notice:
+                run.say(tracker.notice)
+            while self.epoch < run.args.epochs:
+                self.train_epoch()
+                tracker.log(self.finish_epoch())
+                self._stop_where_asked()
+            status = 0
         except Interrupted as stop:
-            tracker.finish(stop.exit_status)
-            stop.message = self._farewell()
+            status = stop.exit_status
             raise
-        tracker.finish()
-
-    def _start_fresh(self) -> None:
-        moved = set_aside(self.run.folder, RUN_FILES)
-        if moved:
-            self.run.say(f"The files of the previous run were moved to {moved}.")
+        finally:
+            tracker.finish(status)
 
     def train_epoch(self) -> None:
         """The steps of one epoch that are still to do."""
@@ -265,7 +281,7 @@ class Trainer:
         steps = self.loader.steps_per_epoch
         with self._bar() as bar:
             for images, labels in self.loader.epoch(self.epoch, self.steps_done):
-                loss, logits = self.step(images, labels)
+                loss, logits = self._step(images, labels)
                 for scheduler in self.schedulers:
                     scheduler.step()
                 self._count(loss, logits, labels)
@@ -278,6 +294,14 @@ class Trainer:
                     looked = now
                     self._show(bar)
                 self._stop_where_asked()
+
+    def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            return self.step(images, labels)
+        except ValueError:  # BC names a weight that is NaN before any loss shows it
+            if not self._is_finite():
+                self._diverged()
+            raise
 
     def _count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         loss = loss.detach()
@@ -294,7 +318,8 @@ class Trainer:
             desc=f"epoch {self.epoch + 1}/{self.run.args.epochs}",
             leave=False,
             disable=not (sys.stderr.isatty() and distributed.is_writer()),
-            bar_format="{desc} {percentage:3.0f}%|{bar:18}| {postfix}",
+            bar_format="{desc} |{bar}| {postfix}",
+            dynamic_ncols=True,
         )
 
     def _show(self, bar: tqdm) -> None:
@@ -317,10 +342,9 @@ class Trainer:
         return tqdm.format_interval(left * self.seconds / max(self.steps_done, 1))
 
     def _diverged(self) -> None:
-        kept = self.run.folder / LAST
         raise UserError(
-            f"the loss became NaN or infinite in epoch {self.epoch + 1}, step {self.steps_done + 1}; "
-            f"{kept} still holds the last good state; start anew with a smaller --lr"
+            f"the loss or a weight became NaN or infinite in epoch {self.epoch + 1}; {self.run.folder / LAST} still "
+            "holds the last good state; start anew with smaller learning rates"
         )
 
     def _stop_where_asked(self) -> None:
@@ -333,7 +357,7 @@ class Trainer:
         """Score the network after an epoch's last step, write the run's files, and go on to the next epoch."""
         loss, accuracy, count = self._means(distributed.sum_over_ranks(self.totals))
         row = {"epoch": self.epoch + 1, "train_loss": loss, "train_accuracy": accuracy}
-        scores = self.score(self.chosen_on)
+        scores = self._score_stoppably()
         row[f"{self.chosen_on}_loss"] = scores.loss
         row[f"{self.chosen_on}_accuracy"] = scores.accuracy
         row[f"{self.chosen_on}_images"] = scores.images
@@ -351,8 +375,29 @@ class Trainer:
         self.save_last()
         self.write_records()
         self.run.say(self._epoch_line(row, left))
-        self._stop_where_asked()
         return row
+
+    def _score_stoppably(self) -> Scores:
+        """Score the network; a signal meanwhile saves the state after the epoch's last step and acts at once."""
+        if not self._is_finite():
+            self._diverged()
+        try:
+            if distributed.world_size() > 1:  # the processes must leave together: see `_stop_where_asked`
+                return self.score(self.chosen_on)
+            # Of now: an interrupted scoring may leave binary weights in the network.
+            weights = checkpoints.plain_state(self.model.state_dict(), copy=True)
+            state = self.training_state(distributed.all_ranks(self.totals))
+            before = self.checkpoint(self.epoch, self.latest_metrics(), state_dict=weights, training=state)
+            try:
+                self.signals.act_at_once()
+                scores = self.score(self.chosen_on)
+                self.signals.at_once = False
+                return scores
+            except Interrupted:
+                self._write_last(before)
+                raise
+        except ValueError:  # the outputs are NaN though each weight is finite
+            self._diverged()
 
     def _named_groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for optimizer in self.optimizers:
@@ -360,12 +405,12 @@ class Trainer:
                 yield group.get("name", "lr"), group
 
     def _epoch_line(self, row: dict[str, float], left: str) -> str:
-        where = self.chosen_on
-        flips = f"  flipped {row['flipped']:.2f}%" if "flipped" in row else ""
+        """At most 80 columns. Images/s stand in metrics.csv and, on a terminal, in the bar."""
+        where, epochs = self.chosen_on, self.run.args.epochs
+        flips = f"  flips {row['flipped']:.1f}%" if "flipped" in row else ""
         return (
-            f"epoch {int(row['epoch']):>3}/{self.run.args.epochs}  loss {row['train_loss']:.3f}  "
-            f"train {row['train_accuracy']:.2f}%  {where} {row[f'{where}_accuracy']:.2f}%{flips}  "
-            f"{row['images_per_second']:,.0f} images/s  {left} left"
+            f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['train_loss']:.3f}  "
+            f"train {row['train_accuracy']:.2f}%  {where} {row[f'{where}_accuracy']:.2f}%{flips}  {left} left"
         )
 
     def write_records(self, *, always: bool = False) -> None:
@@ -376,17 +421,19 @@ class Trainer:
             draw_curves(self.run.folder, self.history, f"{self.run.args.arch}, {self.run.kind} weights")
             self._curves_drawn = time.perf_counter()
 
-    def _farewell(self) -> str:
-        if not (self.run.folder / LAST).exists():
+    def farewell(self) -> str:
+        """What to say after a signal."""
+        last = self.run.folder / LAST
+        if not last.exists():
             return "Stopped before the first step; nothing was saved."
         self.write_records(always=True)
+        epochs, steps = self.saved
         output = "" if self.run.folder == Path(".") else f' --output-dir "{self.run.folder}"'
         processes = distributed.world_size()
         start = "python3" if processes == 1 else f"torchrun --nproc_per_node={processes}"
         return (
-            f"Stopped after {self.epoch} of {self.run.args.epochs} epochs and {self.steps_done} of "
-            f"{self.loader.steps_per_epoch} steps; {self.run.folder / LAST} is saved. "
-            f"Go on with: {start} {Path(sys.argv[0]).name} --resume{output}"
+            f"Stopped. {last} holds {epochs} of {self.run.args.epochs} epochs and {steps} of "
+            f"{self.loader.steps_per_epoch} steps. Go on with: {start} {Path(sys.argv[0]).name} --resume{output}"
         )
 
     # -- the end -------------------------------------------------------------------------------------------
@@ -394,10 +441,10 @@ class Trainer:
     def finish(self) -> None:
         """Score the final and the best epoch on the test set, and write what is not there yet."""
         run = self.run
+        self.signals.act_at_once()  # all that follows can be done again from checkpoint_last.pth
         if distributed.is_writer():
-            for name, write in ((BEST, self.save_best), (FINAL, self._save_final)):
-                if name == FINAL or not (run.folder / name).exists():
-                    write()
+            self._write_where_it_differs(BEST, self._best_content())
+            self._write_where_it_differs(FINAL, self.checkpoint(self.epoch, self.latest_metrics()))
         self.write_records(always=True)
         final = self.score("test")
         run.say(f"\nFinal epoch ({self.epoch}), {FINAL}:")
@@ -411,9 +458,16 @@ class Trainer:
         self.model.load_state_dict(self.best["state_dict"])
         run.say(self.score("test").accuracy_line())
 
-    def _save_final(self) -> None:
-        if not (self.run.folder / FINAL).exists():
-            checkpoints.save(self.run.folder / FINAL, self.checkpoint(self.epoch, self.latest_metrics()))
+    def _write_where_it_differs(self, name: str, content: dict[str, Any]) -> None:
+        """A file that is missing, damaged, or left by an epoch that a resumed run has done again."""
+        path = self.run.folder / name
+        try:
+            found, _ = checkpoints.read(path)
+            same = isinstance(found, dict) and found.get("checksum") == checkpoints.digest(content)
+        except UserError:
+            same = False
+        if not same:
+            checkpoints.save(path, content)
 
 
 def fit(
@@ -438,5 +492,10 @@ def fit(
     Raises Interrupted after Ctrl-C or SIGTERM, with everything saved; UserError where the loss is not finite.
     """
     trainer = Trainer(run, model, optimizers, loader, step, score, chosen_on, watch, about or {})
-    trainer.train()
-    trainer.finish()
+    try:
+        with trainer.signals:
+            trainer.train()
+            trainer.finish()
+    except Interrupted as stop:
+        stop.message = trainer.farewell()
+        raise
