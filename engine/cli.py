@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 EXIT_MISTAKE = 2
+_LONGEST_MESSAGE = 2000
 PROBE = ".write-probe"
 
 
@@ -195,8 +196,15 @@ def use_plain_text_where_needed() -> None:
 
 
 def fail(message: str) -> int:
-    """Print `message` as exactly one line on stderr; return the exit status."""
-    print("Error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    """Print `message` as exactly one line on stderr; return the exit status.
+
+    It may quote what a file says of itself: control characters become `?`, and what is too long loses its middle.
+    """
+    line = " ".join(part.strip() for part in message.strip().splitlines())
+    line = "".join(char if char.isprintable() else "?" for char in line)
+    if len(line) > _LONGEST_MESSAGE:
+        line = f"{line[: _LONGEST_MESSAGE // 2]} ... {line[-_LONGEST_MESSAGE // 4 :]}"
+    print(f"Error: {line}", file=sys.stderr, flush=True)
     return EXIT_MISTAKE
 
 
