@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from engine.checkpoint import BINARY_1BIT, Checkpoint
@@ -19,7 +18,7 @@ KIND_WORDS = {
 def headline(loaded: Checkpoint) -> list[str]:
     """What a checkpoint is, in a few lines: path, architecture, kind, epoch, the accuracy it recorded."""
     lines = [str(loaded.path), f"  {loaded.arch}, {KIND_WORDS[loaded.kind]}"]
-    if loaded.epoch is not None:
+    if _is_number(loaded.epoch, 10**9):
         lines.append(f"  epoch {loaded.epoch}")
     return lines + [f"  recorded {words}" for words in recorded_accuracies(loaded)]
 
@@ -30,15 +29,16 @@ def recorded_accuracies(loaded: Checkpoint) -> list[str]:
     of = ", binarised" if loaded.kind == "latent" else ""
     found = []
     for key, images in names.items():
-        if is_number(loaded.metrics.get(key)):
-            count = loaded.metrics.get(key.replace("accuracy", "images"))
-            scored = f"{count:,} {images}" if isinstance(count, int) else images
-            found.append(f"accuracy {loaded.metrics[key]:.2f}% on {scored}{of}")
+        value, count = loaded.metrics.get(key), loaded.metrics.get(key.replace("accuracy", "images"))
+        if _is_number(value, 100):
+            scored = f"{count:,} {images}" if _is_number(count, 10**9) else images
+            found.append(f"accuracy {value:.2f}% on {scored}{of}")
     return found
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _is_number(value: Any, most: int) -> bool:
+    """Whether a value from a file is a number between 0 and `most`; it may be anything else."""
+    return isinstance(value, int | float) and 0 <= value <= most
 
 
 def share(part: int, whole: int) -> str:
@@ -60,3 +60,12 @@ def fixed(value: float) -> str:
     if len(text) > 8 or (value != 0 and abs(value) < 0.0005):
         text = f"{value:.1e}"
     return text
+
+
+def narrow(value: float, width: int) -> str:
+    """`value` with as many significant digits, at most four, as `width` >= 7 characters hold."""
+    value = value + 0.0
+    whole = f"{value:.0f}"
+    if (abs(value) >= 1000 or float(whole) == value) and len(whole) <= width:
+        return whole
+    return next(text for digits in (4, 3, 2, 1) if len(text := f"{value:.{digits}g}") <= width or digits == 1)
