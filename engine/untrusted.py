@@ -32,7 +32,7 @@ class Refused(Exception):
 
 
 def load(content: bytes) -> Any:
-    """What a file of torch.save holds: dictionaries, lists, plain values and dense tensors on the CPU.
+    """What a file of torch.save holds: dictionaries, lists, sets, plain values and dense tensors on the CPU.
 
     Raises Refused for anything else, and whatever the readers below raise for a file that is damaged.
     """
@@ -127,7 +127,7 @@ class _Rehearsal(pickle.Unpickler):
 
     def __init__(self, data: bytes, parts: dict[str, int] | None, limit: int) -> None:
         super().__init__(io.BytesIO(data))
-        self._parts, self._limit, self._objects = parts, limit, 0
+        self._parts, self._limit, self._objects, self._copied = parts, limit, 0, 0
 
     def find_class(self, module: str, name: str) -> Any:
         known = {
@@ -138,8 +138,12 @@ class _Rehearsal(pickle.Unpickler):
             "torch._utils._rebuild_parameter": self._parameter,
             "torch.Size": self._size,
             "torch.device": self._device,
+            "builtins.complex": self._complex,
+            "builtins.set": self._copy,
+            "builtins.bytearray": self._copy,
+            "_codecs.encode": self._copy,  # bytes, as Python 3 writes them for Python 2
         }
-        full = f"{module}.{name}"
+        full = f"{module}.{name}".replace("__builtin__.", "builtins.")
         if full in known:
             return known[full]
         if module in ("torch", "torch.storage") and name in self._ITEM_BYTES:
@@ -188,9 +192,21 @@ class _Rehearsal(pickle.Unpickler):
     def _device(self, *_: object) -> _Anything:
         return self._object()
 
+    def _complex(self, *_: object) -> _Anything:
+        return self._object()
+
+    def _copy(self, values: Any, encoding: str = "latin1") -> Any:
+        """Bytes or a set, made of a string or a list that may serve many times."""
+        if not isinstance(values, str | list) or encoding not in ("latin1", "latin-1"):
+            raise Refused("it asks for bytes that it does not hold")
+        self._copied += len(values)
+        if self._copied > self._limit:
+            raise Refused("it holds too many copies of one value")
+        return values
+
 
 class _Plain:
-    """Copies a loaded nest into plain dictionaries, lists, tuples, values and dense tensors, or raises Refused.
+    """Copies a loaded nest into plain dictionaries, lists, tuples, sets, values and dense tensors, or raises Refused.
 
     Objects from a pickle can have attributes in the place of methods; what is handed on has none.
     """
@@ -210,7 +226,11 @@ class _Plain:
             return [self.of(item, depth + 1) for item in value]
         if isinstance(value, tuple):
             return tuple(self.of(item, depth + 1) for item in value)
-        if value is None or isinstance(value, bool | float | str | torch.dtype | torch.device):
+        if isinstance(value, set):
+            return {self._key(item) for item in value}
+        if value is None or isinstance(
+            value, bool | float | complex | str | bytes | bytearray | torch.dtype | torch.device
+        ):
             return value
         if type(value) is int and value.bit_length() <= 64:
             return value
@@ -219,7 +239,7 @@ class _Plain:
     def _key(self, key: Any) -> Any:
         if isinstance(key, str | float | bool) or key is None or (type(key) is int and key.bit_length() <= 64):
             return key
-        raise Refused(f"it holds a dictionary with a {type(key).__name__} as a key")
+        raise Refused(f"it holds a {type(key).__name__} as a key of a dictionary or in a set")
 
     def _tensor(self, value: Tensor) -> Tensor:
         if value.layout != torch.strided or value.is_quantized or value.is_nested or value.device.type != "cpu":
