@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import importlib.util
 import io
+import json
 import netrc
 import os
+import signal
+import subprocess
+import sys
 import threading
 import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from engine.cli import reason
 from engine.files import atomic_write
 from models.binaryconnect import BC, binary_sign
 
 METRICS = "metrics.csv"
 CURVES = "training_curves.png"
-PATIENCE = 10.0  # seconds that Weights & Biases may cost at the start, and again at the end
+START_PATIENCE, END_PATIENCE = 8.0, 8.0  # seconds that Weights & Biases may cost at the start and at the end
+WANDB_MODES = ("online", "offline", "disabled")
 
 
 def write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
@@ -96,86 +105,153 @@ class SignWatch:
 
 
 class WandbRun:
-    """Weights & Biases, which may be slow, offline or broken without the run taking harm.
+    """Weights & Biases, which may be slow, offline or broken without the run taking harm: see wandb_process.py.
 
-    mode: "auto" (online where an API key is configured, else offline), "online", "offline" or "disabled".
-    Never asks a question and never raises; `notice` is a line on what became of it, or "".
+    mode: "auto" (what WANDB_MODE says, else online where an API key is configured, else offline), "online",
+    "offline" or "disabled". Online has START_PATIENCE seconds to begin; after that it is offline.
+    say: is given a line now and then on what becomes of it. Nothing here asks a question, raises, or waits in `log`.
     """
 
-    def __init__(self, mode: str, folder: Path, *, name: str, config: dict[str, Any], run_id: str | None) -> None:
-        self._run: Any = None
-        self.notice = ""
-        self.id = run_id
+    def __init__(
+        self,
+        mode: str,
+        folder: Path,
+        *,
+        name: str,
+        config: dict[str, Any],
+        run_id: str,
+        say: Callable[[str], None],
+    ) -> None:
+        self._say, self._folder = say, folder
+        self._process: subprocess.Popen[str] | None = None
+        self._online = False
+        self._about = {
+            "project": "binaryconnect-cifar10",
+            "name": name,
+            "dir": str(folder),
+            "config": config,
+            "id": run_id,
+            "resume": "allow",
+            "program": sys.argv[0],
+        }
         if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if _has_api_key() else "offline")
+            asked = os.environ.get("WANDB_MODE", "")
+            mode = asked if asked in WANDB_MODES else "online" if _has_api_key() else "offline"
         if mode == "disabled":
             return
-
-        def begin(mode: str) -> Callable[[], Any]:
-            import wandb
-
-            settings = wandb.Settings(silent=True, console="off", init_timeout=PATIENCE - 2)
-            return lambda: wandb.init(
-                project="binaryconnect-cifar10",
-                name=name,
-                mode=mode,
-                dir=str(folder),
-                config=config,
-                id=run_id,
-                resume="allow" if run_id else None,
-                settings=settings,
-            )
-
-        try:
-            start = begin(mode)
-        except Exception as error:
-            self.notice = f"Weights & Biases is not used: {type(error).__name__}."
+        if importlib.util.find_spec("wandb") is None:
+            say("Weights & Biases is not installed; the run goes on without it.")
             return
-        self._run, problem = _within(PATIENCE, start)
-        if self._run is None:
-            self.notice = f"Weights & Biases could not be started ({problem}); the run goes on without it."
-        else:
-            self.id = self._run.id
+        if mode == "online":
+            self._begin(mode)
+            if self._began(START_PATIENCE):
+                return
+        self._begin("offline")
+        say(f"Weights & Biases: offline; to upload it later: wandb sync {folder / 'wandb'}/offline-run-*")
+
+    def _begin(self, mode: str) -> None:
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("wandb_process.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                encoding="utf-8",
+                start_new_session=True,  # Ctrl-C is for the training, which then ends this in order
+            )
+        except OSError as error:
+            self._say(f"Weights & Biases could not be started: {reason(error)}; the run goes on without it.")
+            return
+        self._lines: SimpleQueue[str | None] = SimpleQueue()
+        self._answers: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        for target, pipe, queue in (
+            (_feed, self._process.stdin, self._lines),
+            (_receive, self._process.stdout, self._answers),
+        ):
+            threading.Thread(target=target, args=(pipe, queue), daemon=True).start()
+        about = self._about | {"mode": mode, "patience": START_PATIENCE - 2 if mode == "online" else END_PATIENCE}
+        self._lines.put(json.dumps(about))
+
+    def _began(self, seconds: float) -> bool:
+        """Whether it is online now, or must be done without; otherwise the process is gone."""
+        if self._process is None:
+            return True
+        try:
+            answer = self._answers.get(timeout=seconds)
+        except Empty:
+            answer = {"error": f"no answer within {seconds:.0f} s", "installed": True}
+        if "url" in answer:
+            self._say(f"Weights & Biases: {answer['url']}")
+            self._online = True
+            return True
+        self._end()
+        self._say(f"Weights & Biases could not be started online ({answer['error']}).")
+        return not answer["installed"]
 
     def log(self, row: dict[str, float]) -> None:
         """Queue one epoch's numbers; returns at once."""
-        if self._run is None:
+        if self._process:
+            self._lines.put(json.dumps({"row": row}))
+
+    def finish(self, exit_code: int, seconds: float) -> None:
+        """Hand over what is left, for at most `seconds`."""
+        if self._process is None:
+            return
+        self._lines.put(json.dumps({"exit_code": exit_code}))
+        self._lines.put(None)
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            folder = self._folder / "wandb" / "*run-*"
+            self._say(
+                f"Weights & Biases has not taken everything; upload it with: wandb sync {self._folder}/wandb/*run-*"
+            )
+        self._end()
+        if not self._online:
+            answer = self._answers.get()  # the first: how it began
+            if "error" in answer:
+                self._say(f"Weights & Biases was not used ({answer['error']}).")
+
+    def _end(self) -> None:
+        """End the process and what it has started. It has already, as a rule."""
+        process, self._process = self._process, None
+        if process is None:
             return
         try:
-            self._run.log(row, step=int(row["epoch"]))
-        except Exception as error:
-            self.notice = f"Weights & Biases stopped: {type(error).__name__}."
-            self._run = None
+            if os.name == "posix":
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+        except OSError:
+            pass  # it has ended
+        process.wait()
 
-    def finish(self, exit_code: int = 0) -> None:
-        if self._run is not None:
-            _within(PATIENCE, lambda: self._run.finish(exit_code=exit_code))
-            self._run = None
+
+def _feed(pipe: IO[str], lines: SimpleQueue[str | None]) -> None:
+    """Write lines to a process until None comes or the process has gone."""
+    with contextlib.suppress(OSError), pipe:
+        for line in iter(lines.get, None):
+            pipe.write(line + "\n")
+            pipe.flush()
+
+
+def _receive(pipe: IO[str], answers: SimpleQueue[dict[str, Any]]) -> None:
+    """Read what a process answers, until it ends."""
+    with contextlib.suppress(OSError, ValueError), pipe:
+        for line in pipe:
+            answers.put(json.loads(line))
+    answers.put({"error": "it ended", "installed": True})
 
 
 def _has_api_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def _within(seconds: float, call: Callable[[], Any]) -> tuple[Any, str]:
-    """The result of `call`, or (None, why) where it fails or takes longer; it is then left to end by itself."""
-    outcome: dict[str, Any] = {}
-
-    def target() -> None:
+    home = Path.home()
+    for path in (os.environ.get("NETRC"), home / ".netrc", home / "_netrc"):
         try:
-            outcome["result"] = call()
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=target, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if "result" in outcome:
-        return outcome["result"], ""
-    return None, type(outcome["error"]).__name__ if "error" in outcome else f"no answer within {seconds:.0f} s"
+            if path and netrc.netrc(path).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
+            continue
+    return False

@@ -27,7 +27,7 @@ from engine.checkpoint import BEST, FINAL, LAST
 from engine.cli import Interrupted, UserError, reason
 from engine.evaluate import Scores
 from engine.run import Run, plain_options
-from engine.tracking import WandbRun, draw_curves, write_metrics
+from engine.tracking import END_PATIENCE, WandbRun, draw_curves, write_metrics
 
 EVAL_BATCH = 500  # images per batch when scoring; any size gives the same figures but for rounding
 _LOOK_SECONDS = 0.5  # how often the numbers are fetched from the device for the progress bar
@@ -138,7 +138,7 @@ class Trainer:
         self.wandb_id = uuid.uuid4().hex[:8]
         self.saved = (0, 0)  # finished epochs and steps that checkpoint_last.pth holds
         self.signals = _Signals()
-        self._curves_drawn = -math.inf
+        self._curves_drawn = time.perf_counter()
         self._speed = 0.0
 
     # -- state ---------------------------------------------------------------------------------------------
@@ -252,21 +252,20 @@ class Trainer:
             name=f"{run.args.arch}-{run.kind}-seed{run.args.seed}",
             config=plain_options(run.args),
             run_id=self.wandb_id,
+            say=run.say,
         )
-        status = 1
+        status, patience = 1, 3.0
         try:
-            if tracker.notice:
-                run.say(tracker.notice)
             while self.epoch < run.args.epochs:
                 self.train_epoch()
                 tracker.log(self.finish_epoch())
                 self._stop_where_asked()
-            status = 0
+            status, patience = 0, END_PATIENCE
         except Interrupted as stop:
             status = stop.exit_status
             raise
         finally:
-            tracker.finish(status)
+            tracker.finish(status, patience)
 
     def train_epoch(self) -> None:
         """The steps of one epoch that are still to do."""
