@@ -17,6 +17,7 @@ Loading also takes what others have saved: see `load`.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import io
 import math
 import platform
@@ -30,7 +31,6 @@ from typing import Any
 
 import numpy
 import torch
-import torchvision
 from torch import Tensor
 
 from engine import untrusted
@@ -84,7 +84,7 @@ def library_versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
+        "torchvision": importlib.metadata.version("torchvision"),
         "numpy": str(numpy.__version__),
     }
 

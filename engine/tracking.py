@@ -202,7 +202,6 @@ class WandbRun:
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
-            folder = self._folder / "wandb" / "*run-*"
             self._say(
                 f"Weights & Biases has not taken everything; upload it with: wandb sync {self._folder}/wandb/*run-*"
             )
