@@ -1,0 +1,44 @@
+"""Run a training script as one of torchrun's processes, and save what this process saw (for test_distributed.py).
+
+    torchrun --nproc_per_node=2 tests/on_each_rank.py FOLDER SCRIPT OPTIONS ...
+
+Writes FOLDER/rank<N>.pth: `signs`, a digest of the binary weights of every BinaryConnect step; `weights`, the
+parameters after the last step.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from engine import checkpoint, distributed  # noqa: E402 - needs the path
+from engine.training import Trainer  # noqa: E402
+from models import BC  # noqa: E402
+
+signs: list[str] = []
+binarise, finish = BC.binarization, Trainer.finish
+
+
+def binarise_and_note(self: BC, *, stochastic: bool | None = None) -> None:
+    binarise(self, stochastic=stochastic)
+    if stochastic is None:  # a step of training; scoring says False
+        signs.append(checkpoint.digest([weight.detach() for weight in self.targets()]))
+
+
+def note_and_finish(self: Trainer) -> None:
+    weights = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+    torch.save({"signs": signs, "weights": weights}, folder / f"rank{distributed.rank()}.pth")
+    finish(self)
+
+
+folder = Path(sys.argv[1])
+script = ROOT / sys.argv[2]
+sys.argv = [str(script), *sys.argv[3:]]
+BC.binarization, Trainer.finish = binarise_and_note, note_and_finish
+runpy.run_path(str(script), run_name="__main__")

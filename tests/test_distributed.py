@@ -1,0 +1,256 @@
+"""Two processes under torchrun (gloo, CPU) against one that does the work of both."""
+
+from __future__ import annotations
+
+import csv
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import cifar10
+import main
+import main_binary
+from engine.files import FolderLock
+from engine.training import make_schedulers
+from models import BC, build
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+# 249 images in batches of 64: the last batch has 57, shards of 28 and 29.
+OPTIONS = ["--epochs", "2", "--batch-size", "64", "--limit-train", "249", "--seed", "3"]
+OPTIONS += ["--precision", "float32", "--no-compile", "--wandb", "disabled"]
+BINARY_OPTIONS = [*OPTIONS, "--stochastic", "--optimizer", "sgd"]
+
+
+def command(script: str, folder: Path, data: Path, *options: str) -> list[str]:
+    driver = str(ROOT / "tests" / "on_each_rank.py")
+    return [*TORCHRUN, driver, str(folder), script, "--data-dir", str(data), "--output-dir", str(folder), *options]
+
+
+def launch(script: str, folder: Path, data: Path, environment: dict[str, str], *options: str) -> str:
+    """Run to the end under torchrun; what the writer printed."""
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(
+        command(script, folder, data, *options), env=environment, capture_output=True, encoding="utf-8", timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def float_run(
+    tmp_path_factory: pytest.TempPathFactory, small_data: Path, child_environment: dict[str, str]
+) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("float")
+    return folder, launch("main.py", folder, small_data, child_environment, *OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def binary_run(
+    tmp_path_factory: pytest.TempPathFactory, small_data: Path, child_environment: dict[str, str]
+) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("binary")
+    return folder, launch("main_binary.py", folder, small_data, child_environment, *BINARY_OPTIONS)
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+class OneProcess:
+    """What two processes should do, done by one: the two halves of every batch after each other, each with BatchNorm
+    statistics of its own, and the mean of their gradients."""
+
+    def __init__(self, script: object, data: Path, options: list[str]) -> None:
+        self.args = script.make_parser().parse_args(["--data-dir", str(data), *options])
+        train = cifar10.load(data, limit_train=self.args.limit_train).train
+        self.loaders = [
+            cifar10.TrainLoader(train, self.args.batch_size, seed=self.args.seed, rank=rank, world_size=2)
+            for rank in (0, 1)
+        ]
+        torch.manual_seed(self.args.seed)
+        self.model = build(self.args.arch).to(memory_format=torch.channels_last)
+        self.statistics = [{k: v.clone() for k, v in self.model.named_buffers()} for _ in (0, 1)]
+        self.loss_sum = torch.zeros(())
+
+    def train(self, optimizers: list, before: Callable[[], None], after: Callable[[], None], scale: float) -> None:
+        """before and after: what surrounds the two backward passes; the steps of the optimisers come in between."""
+        run = SimpleNamespace(args=self.args, say=print)
+        schedulers = make_schedulers(run, optimizers, self.loaders[0].steps_per_epoch)
+        for epoch in range(self.args.epochs):
+            self.loss_sum.zero_()
+            for halves in zip(*(loader.epoch(epoch) for loader in self.loaders), strict=True):
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                before()
+                whole = sum(len(labels) for _, labels in halves)
+                for own, (images, labels) in zip(self.statistics, halves, strict=True):
+                    self._swap(own)
+                    logits = scale * self.model(images)
+                    share = 2 * len(labels) / whole  # shards of 28 and 29 images count as 28 and 29
+                    loss = F.cross_entropy(logits, labels, label_smoothing=self.args.label_smoothing)
+                    (loss * share / 2).backward()  # the second gradient is added to the first
+                    self.loss_sum += loss.detach() * len(labels)
+                    self._swap(own)
+                after()
+                for scheduler in schedulers:
+                    scheduler.step()
+
+    @torch.no_grad()
+    def _swap(self, own: dict[str, Tensor]) -> None:
+        for name, buffer in self.model.named_buffers():
+            mine = own[name].clone()
+            own[name].copy_(buffer)
+            buffer.copy_(mine)
+
+
+@pytest.fixture
+def one_thread() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def check_against(reference: OneProcess, folder: Path) -> None:
+    """The writer's final weights and BatchNorm statistics, and the reduced training loss."""
+    saved = load(folder / "final_model.pth")["state_dict"]
+    expected = dict(reference.model.named_parameters()) | reference.statistics[0]
+    assert saved.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            saved[name], value.detach(), rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    with open(folder / "metrics.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2
+    assert float(rows[-1]["train_loss"]) == pytest.approx(float(reference.loss_sum) / 249, rel=1e-4)
+    assert float(rows[-1]["test_images"]) == 100
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_full_precision_equals_one_process(float_run: tuple[Path, str], small_data: Path) -> None:
+    reference = OneProcess(main, small_data, OPTIONS)
+    args = reference.args
+    optimizer = torch.optim.SGD(
+        reference.model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay
+    )
+    reference.train([optimizer], before=lambda: None, after=lambda: optimizer.step(), scale=1.0)
+    check_against(reference, float_run[0])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_binaryconnect_equals_one_process(binary_run: tuple[Path, str], small_data: Path) -> None:
+    reference = OneProcess(main_binary, small_data, BINARY_OPTIONS)
+    bc = BC(reference.model, stochastic=True)
+    bc.clip()
+    optimizers = main_binary.make_optimizers(reference.args, bc)
+
+    def step_on_latent_weights() -> None:
+        bc.restore()
+        for optimizer in optimizers:
+            optimizer.step()
+        bc.clip()
+
+    reference.train(optimizers, bc.binarization, step_on_latent_weights, reference.args.logit_scale)
+    check_against(reference, binary_run[0])
+
+
+def test_ranks_are_bit_identical(float_run: tuple[Path, str], binary_run: tuple[Path, str]) -> None:
+    for folder, steps in ((float_run[0], 0), (binary_run[0], 2 * 4)):
+        first, second = (load(folder / f"rank{rank}.pth") for rank in (0, 1))
+        assert len(first["signs"]) == steps == len(set(first["signs"]))  # drawn anew at each step
+        assert first["signs"] == second["signs"]
+        assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
+
+
+def test_only_the_writer_prints(float_run: tuple[Path, str], binary_run: tuple[Path, str]) -> None:
+    for _, output in (float_run, binary_run):
+        lines = [line for line in output.splitlines() if line]
+        for start in ("Note:", "resnet20:", "machine:", "epoch 1/2", "epoch 2/2", "Final epoch"):
+            assert sum(line.startswith(start) for line in lines) == 1, output
+        assert output.count("Test Accuracy:") == 2
+        assert "2 processes" in output
+
+
+@pytest.mark.parametrize("name", ["final_model.pth", "best_model.pth"])
+def test_printed_scores_are_those_of_the_saved_file(name: str, float_run: tuple[Path, str], small_data: Path) -> None:
+    """Both shards are scored with the writer's BatchNorm statistics, those in the file."""
+    folder, output = float_run
+    saved = load(folder / name)
+    model = build("resnet20").to(memory_format=torch.channels_last)
+    model.load_state_dict(saved["state_dict"])
+    images = cifar10.load(small_data, train=False).test
+    with torch.no_grad():
+        logits = model.eval()(cifar10.normalise(images.images))
+    accuracy = 100 * float((logits.argmax(1) == images.labels).float().mean())
+    assert re.search(rf"{re.escape(name)}.*\n+Test Accuracy: ([0-9.]+)%", output)[1] == f"{accuracy:.2f}"
+    assert saved["metrics"]["test_loss"] == pytest.approx(float(F.cross_entropy(logits, images.labels)), rel=1e-4)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
+def test_stop_and_resume(
+    signum: signal.Signals,
+    tmp_path: Path,
+    binary_run: tuple[Path, str],
+    small_data: Path,
+    child_environment: dict[str, str],
+    run_script: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    """A signal to torchrun ends both processes with everything saved; resumed, nothing shows that it happened."""
+    process = subprocess.Popen(
+        command("main_binary.py", tmp_path, small_data, *BINARY_OPTIONS),
+        env=child_environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 1/2"):
+            break
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert errors.count("Go on with: torchrun --nproc_per_node=2 main_binary.py --resume") == 1, errors
+    state = load(tmp_path / "checkpoint_last.pth")["training"]
+    assert (state["epoch"], len(state["totals"])) == (1, 2)
+
+    alone = run_script("main_binary.py", "--resume", "--data-dir", small_data, cwd=tmp_path, check=False)
+    assert alone.returncode == 2
+    assert "is a run of 2 processes" in alone.stderr
+
+    output = launch("main_binary.py", tmp_path, small_data, child_environment, "--resume", "--wandb", "disabled")
+    assert output.count("Resuming") == 1
+    resumed, straight = (load(folder / "final_model.pth") for folder in (tmp_path, binary_run[0]))
+    assert all(torch.equal(value, straight["state_dict"][name]) for name, value in resumed["state_dict"].items())
+    assert resumed["metrics"]["train_loss"] == straight["metrics"]["train_loss"]
+
+
+def test_an_error_in_one_process_ends_all(
+    tmp_path: Path, small_data: Path, child_environment: dict[str, str]
+) -> None:
+    started = time.monotonic()
+    with FolderLock(tmp_path):  # only the writer asks for it
+        done = subprocess.run(
+            command("main.py", tmp_path, small_data, *OPTIONS),
+            env=child_environment,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=120,
+        )
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(ours) == 1, done.stderr
+    assert "another run is using this folder" in ours[0]
+    assert 'main.py", line' not in done.stderr  # no traceback of ours
+    assert time.monotonic() - started < 60
