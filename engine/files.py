@@ -163,7 +163,7 @@ class FolderLock:
             self._file.seek(1)
             about = json.loads(self._file.read())
             return f"process {about['pid']} on {about['host']} since {about['since']}: {about['command']}"
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return "its process has not said which it is"
 
     def release(self) -> None:
