@@ -23,9 +23,9 @@ from engine.evaluate import Scores, evaluate
 from engine.files import atomic_write
 
 LATENT_NOTE = """\
-⚠ These are latent weights. The BatchNorm statistics beside them come from forward
-  passes with binary weights, so the figure below means little: the meaningful
-  one is that of the binarised network, from eval_binarized.py."""
+⚠ These are latent weights. The BatchNorm statistics beside them come from
+  forward passes with binary weights, so the figure below means little; the
+  meaningful one is that of the binarised network: see eval_binarized.py."""
 
 SAMPLES = 24  # right and wrong predictions drawn, of each so many
 
@@ -57,7 +57,7 @@ def check_plot(path: Path | None) -> None:
 
 def print_scores(scores: Scores, data: cifar10.Data, logit_scale: float) -> None:
     print(f"\n{scores.accuracy_line()}")
-    scaled = f" (logits times {logit_scale:g}, the checkpoint's logit_scale)" if logit_scale != 1 else ""
+    scaled = f" (logits times logit_scale, {logit_scale:g})" if logit_scale != 1 else ""
     print(f"Test loss: {scores.loss:.4f} nats per image{scaled}")
     print(f"Scored on: {data.scored_on}")
     print(f"Speed: {scores.images / max(scores.seconds, 1e-9):,.0f} images/s")

@@ -21,13 +21,12 @@ from tqdm import tqdm
 from engine import checkpoint, cli
 from engine.checkpoint import BINARY_1BIT, Checkpoint
 from engine.cli import UserError
-from engine.report import KIND_WORDS, narrow, share
+from engine.report import KIND_WORDS, counted, narrow, share
 from models.resnet_s import weight_layers
 
 WIDTH = 80
-TOP = "top level"
+TOP = ""  # stands for the file's own dictionary
 _MOST_ENTRIES = 40  # lines of metadata for one dictionary
-_DEEPEST = 20  # levels that a tensor's name shows
 _MOST_TEXT = 400  # characters of metadata for one entry
 
 
@@ -77,7 +76,7 @@ class Row:
 
 def _values(t: Tensor) -> np.ndarray:
     """All values in one dimension, in a type of numpy's that holds each exactly."""
-    t = t.detach().resolve_conj().resolve_neg().reshape(-1)
+    t = t.reshape(-1)
     if t.dtype.is_complex:
         return t.to(torch.complex128).numpy()
     if t.dtype.is_floating_point:
@@ -103,7 +102,6 @@ def find_tensors(value: Any) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
     waiting: list[tuple[tuple[Any, ...], Any]] = [((), value)]
     while waiting:
         path, item = waiting.pop()
-        path = path[:_DEEPEST]
         if isinstance(item, Tensor):
             yield path, item
         elif isinstance(item, dict):
@@ -156,8 +154,9 @@ def print_tensors(groups: dict[str, dict[str, list[Tensor]]]) -> None:
     bar.close()
     for entry, rows in tables.items():
         found = sum(map(len, groups[entry].values()))
-        print(f"\nTensors in {entry}: {found:,}" if entry != TOP else f"\nTensors at the top level: {found:,}")
+        print(f"\nTensors {'at the top level' if entry == TOP else f'in {entry}'}: {found:,}")
         _print_rows(rows)
+    print("unique: how many distinct values there are, all NaN counted as one")
 
 
 def _print_rows(rows: list[Row]) -> None:
@@ -196,8 +195,6 @@ def _brief(value: Any, depth: int) -> str:
         return "<tensor>"
     if isinstance(value, str):
         return repr(value[:_MOST_TEXT]) if not value.isprintable() or len(value) > 64 or not value else value
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"<a whole number of {value.bit_length():,} bits>"
     if isinstance(value, float):
         return f"{value:.6g}"
     if value is None or isinstance(value, int | complex):
@@ -206,21 +203,19 @@ def _brief(value: Any, depth: int) -> str:
         return f"<{len(value):,} bytes>"
     if isinstance(value, dict):
         if value and all(isinstance(item, Tensor) for item in value.values()):
-            return f"{{{len(value):,} tensors}}"
+            return f"{{{counted(len(value), 'tensor')}}}"
         if value and (depth == 0 or any(isinstance(key, int) for key in value)):
-            return f"{{{len(value):,} entries}}"
+            return f"{{{counted(len(value), 'value')}}}"
         shown = [f"{key_text(key)}: {_brief(item, depth - 1)}" for key, item in list(value.items())[:24]]
         return "{" + ", ".join(shown) + (", ..." if len(value) > 24 else "") + "}"
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, list | tuple | set):
         items = list(value)
         if depth == 0 and items:
             return f"[{len(items):,} items]"
         if len(items) > 4:
             return f"[{len(items):,} items, the last {_brief(items[-1], depth - 1)}]"
         return "[" + ", ".join(_brief(item, depth - 1) for item in items) + "]"
-    if isinstance(value, torch.dtype | torch.device | torch.layout):
-        return str(value)
-    return f"<{type(value).__name__}>"
+    return str(value)  # a dtype or a device: engine.checkpoint.read lets nothing else through
 
 
 def print_metadata(values: dict[Any, Any], indent: int = 2) -> None:
@@ -229,7 +224,7 @@ def print_metadata(values: dict[Any, Any], indent: int = 2) -> None:
     for key, value in entries[:_MOST_ENTRIES]:
         name = " " * indent + key_text(key) + ":"
         if isinstance(value, dict) and value and all(isinstance(item, Tensor) for item in value.values()):
-            print(f"{name} {len(value):,} tensors, listed below")
+            print(f"{name} {counted(len(value), 'tensor')}, listed below")
         elif (
             isinstance(value, dict)
             and indent < 4
@@ -294,7 +289,7 @@ def describe_keys(path: Path, raw: Any) -> list[str]:
     for key, name in renamed.items():
         if key != name:
             changed.setdefault(key.removesuffix(name), []).append(key)
-    lines = [f"Keys: {len(renamed):,} tensors {where}, " + ("with prefixes:" if changed else "no prefixes")]
+    lines = [f"Keys: {counted(len(renamed), 'tensor')} {where}, " + ("with prefixes:" if changed else "no prefixes")]
     for prefix, keys in changed.items():
         example = f"{key_text(keys[0])} -> {key_text(renamed[keys[0]])}"
         lines += _fill(f"  {prefix!r} falls away from {len(keys):,} of them: {example}")
@@ -328,10 +323,15 @@ def main() -> None:
         print_metadata(raw)
     elif not isinstance(raw, dict | Tensor):
         print("\n".join(_fill(f"Content: {brief(raw)}")))
-    print_tensors(group_tensors(raw, apart=args.all))
     tensors = [tensor for _, tensor in find_tensors(raw)]
-    values, stored = sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
-    print(f"\nTotal: {len(tensors):,} tensors, {values:,} values, {stored:,} bytes of a file of {size:,}")
+    if tensors:
+        print_tensors(group_tensors(raw, apart=args.all))
+    totals = [
+        counted(len(tensors), "tensor"),
+        counted(sum(t.numel() for t in tensors), "value"),
+        counted(sum(t.numel() * t.element_size() for t in tensors), "byte"),
+    ]
+    print(f"\nTotal: {', '.join(totals)} of a file of {size:,}")
 
 
 if __name__ == "__main__":

@@ -27,13 +27,21 @@ def recorded_accuracies(loaded: Checkpoint) -> list[str]:
     """The accuracies that the file says were measured on it; those of latent weights are those of their signs."""
     names = {"test_accuracy": "test images", "val_accuracy": "held-out images"}
     of = ", binarised" if loaded.kind == "latent" else ""
+    metrics = loaded.metrics
+    if loaded.kind == BINARY_1BIT:  # its metadata is short
+        metrics = {"test_accuracy": loaded.raw.get("accuracy"), "test_images": loaded.raw.get("test_images")}
     found = []
     for key, images in names.items():
-        value, count = loaded.metrics.get(key), loaded.metrics.get(key.replace("accuracy", "images"))
+        value, count = metrics.get(key), metrics.get(key.replace("accuracy", "images"))
         if _is_number(value, 100):
             scored = f"{count:,} {images}" if _is_number(count, 10**9) else images
             found.append(f"accuracy {value:.2f}% on {scored}{of}")
     return found
+
+
+def counted(count: int, thing: str) -> str:
+    """1 tensor, 2 tensors."""
+    return f"{count:,} {thing}" + ("s" if count != 1 else "")
 
 
 def _is_number(value: Any, most: int) -> bool:

@@ -1,0 +1,141 @@
+"""eval.py: what it prints, what it draws, what it refuses."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import binary_network, random_network, save_checkpoint
+
+import cifar10
+from engine import checkpoint
+from engine.cli import UserError
+from models.bitpack import pack_model
+
+evaluating = importlib.import_module("eval")
+ACCURACY = re.compile(r"^Test Accuracy: (\d+\.\d\d)%$", re.MULTILINE)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """call("x.pth", "--limit-test", 5): main() in this process; what it printed."""
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
+        evaluating.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking for the data fails the test."""
+    monkeypatch.setattr(cifar10, "load", lambda *_, **__: pytest.fail("the data was asked for"))
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+
+
+def test_the_whole_report_on_latent_weights(tmp_path: Path, small_data: Path, run_script: Callable) -> None:
+    save_checkpoint(tmp_path / "best_model.pth", "latent")
+    done = run_script("eval.py", "--data-dir", small_data, "--plot", "new/folder/page.png", cwd=tmp_path)
+    printed = done.stdout
+
+    split = cifar10.load(small_data, train=False).test
+    with torch.no_grad():
+        logits = random_network()(cifar10.normalise(split.images))
+    right = logits.argmax(1) == split.labels
+    assert ACCURACY.findall(printed) == [f"{100 * right.double().mean():.2f}"]
+    loss = re.search(r"^Test loss: (\S+) nats per image \(logits times logit_scale, 0\.125\)$", printed, re.M)
+    assert float(loss[1]) == pytest.approx(F.cross_entropy(logits / 8, split.labels).item(), abs=2e-4)
+    for label, name in enumerate(cifar10.CLASSES):
+        correct = int(right[split.labels == label].sum())
+        assert re.search(rf"^{name} +10 +{correct} +{10 * correct}\.00%", printed, re.M), name
+
+    assert "⚠ These are latent weights." in printed
+    assert "eval_binarized.py" in printed
+    assert "  recorded accuracy 12.50% on held-out images, binarised\n" in printed
+    assert re.search(r"^Speed: [\d,]+ images/s$", printed, re.M)
+    assert max(len(line) for line in printed.splitlines() if str(small_data) not in line) <= 80
+    assert png_size(tmp_path / "new/folder/page.png") == (1700, 860)
+    assert [path.name for path in (tmp_path / "new/folder").iterdir()] == ["page.png"]
+
+
+def test_every_kind_of_file_is_scored_and_the_limit_is_told(tmp_path: Path, small_data: Path, call: Callable) -> None:
+    save_checkpoint(tmp_path / "binary.pth", "binary")
+    packed = checkpoint.make("resnet20", checkpoint.BINARY_1BIT, None) | pack_model(binary_network(), "resnet20")
+    checkpoint.save(tmp_path / "1bit.pth", packed | {"accuracy": 34.5, "test_images": 100})
+    wrapped = {f"module.model.{key}": value for key, value in binary_network().state_dict().items()}
+    torch.save({"net": wrapped, "acc": 1, "epoch": 7}, tmp_path / "foreign.pth")
+    limit = ("--data-dir", small_data, "--limit-test", 40, "--batch-size", 13)
+    printed = {name: call(tmp_path / name, *limit) for name in ("binary.pth", "1bit.pth", "foreign.pth")}
+    accuracies = [ACCURACY.findall(text) for text in printed.values()]
+    assert len(accuracies[0]) == 1
+    assert accuracies[0] == accuracies[1] == accuracies[2]
+    for text in printed.values():
+        assert "Scored on: 40 test images, not all of them (--limit-test)" in text
+        assert "latent" not in text
+    assert "recorded accuracy 34.50% on 100 test images\n" in printed["1bit.pth"]
+    assert "logit_scale" not in printed["1bit.pth"]
+    assert "epoch 7" in printed["foreign.pth"]
+
+
+def test_a_class_without_images_has_no_accuracy(tmp_path: Path, small_data: Path, call: Callable) -> None:
+    save_checkpoint(tmp_path / "x.pth", "float")
+    printed = call(tmp_path / "x.pth", "--data-dir", small_data, "--limit-test", 1, "--plot", tmp_path / "page.PNG")
+    assert len(re.findall(r"^\w+ +0 +0 +-$", printed, re.M)) == 9
+    assert (tmp_path / "page.PNG").exists()
+
+
+def test_the_samples_are_the_first_right_and_wrong_ones(small_data: Path) -> None:
+    split = cifar10.load(small_data, train=False).test
+    model = random_network()
+    right, wrong = evaluating.sample_predictions(model, split, 7, torch.device("cpu"))
+    with torch.no_grad():
+        predicted = model(cifar10.normalise(split.images)).argmax(1)
+    hits = (predicted == split.labels).nonzero()[:, 0].tolist()
+    misses = (predicted != split.labels).nonzero()[:, 0].tolist()
+    assert right == [(index, int(predicted[index])) for index in hits[: evaluating.SAMPLES]]
+    assert wrong == [(index, int(predicted[index])) for index in misses[: evaluating.SAMPLES]]
+    assert len(wrong) == evaluating.SAMPLES
+
+
+def test_outputs_that_are_nan_are_an_error(tmp_path: Path, small_data: Path, call: Callable) -> None:
+    model = random_network()
+    for parameter in model.parameters():
+        parameter.data.mul_(1e37)  # finite still
+    checkpoint.save(tmp_path / "x.pth", checkpoint.make("resnet20", "float", model.state_dict()))
+    with pytest.raises(UserError, match=r"x\.pth: the network's outputs are NaN"):
+        call(tmp_path / "x.pth", "--data-dir", small_data)
+
+
+@pytest.mark.usefixtures("no_data")
+def test_bad_input_is_refused_before_the_data_is_asked_for(tmp_path: Path, call: Callable) -> None:
+    good = save_checkpoint(tmp_path / "good.pth", "float")
+    (tmp_path / "text.pth").write_text("hello")
+    (tmp_path / "truncated.pth").write_bytes(good.read_bytes()[:-5000])
+    for name in ("missing.pth", "text.pth", "truncated.pth"):
+        with pytest.raises(UserError, match=name):
+            call(tmp_path / name)
+    for plot in (good, tmp_path / "page.pdf", tmp_path, tmp_path / "text.pth" / "page.png"):
+        with pytest.raises(UserError, match="--plot"):
+            call(good, "--plot", plot)
+    for option in (("--batch-size", -1), ("--limit-test", 0), ("--device", "abacus"), ("--colour",)):
+        with pytest.raises(UserError, match=option[0]):
+            call(good, *option)
+
+
+def test_an_error_is_one_line_and_exit_status_2(tmp_path: Path, run_script: Callable) -> None:
+    done = run_script("eval.py", cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"Error: best_model\.pth: no such file; .*\n", done.stderr)
