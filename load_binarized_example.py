@@ -2,18 +2,21 @@
 
     python3 load_binarized_example.py                               best_model_binarized.pth
     python3 load_binarized_example.py best_model_binary_1bit.pth    the file with one bit a weight
+    python3 load_binarized_example.py model.onnx                    an export of save_binary_model.py --onnx
 
-`load_binary_network` is all that a program of yours needs.
+`load_binary_network` is all that a program of yours needs; for ONNX see engine/onnx_export.py, class OnnxNetwork.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import cifar10
-from engine import checkpoint, cli
+from engine import checkpoint, cli, onnx_export
 from engine.checkpoint import BINARIZED
 from engine.cli import UserError
 from engine.evaluate import evaluate
@@ -37,24 +40,31 @@ def load_binary_network(path: Path) -> ResNetS:
 
 
 def main() -> None:
-    parser = cli.ArgumentParser("Example: load a binarised or 1-bit network, verify it, classify with it.")
-    parser.add_argument(
-        "checkpoint", nargs="?", type=Path, default=Path(BINARIZED), metavar="CKPT", help="binarised or 1-bit file"
-    )
+    parser = cli.ArgumentParser("Example: load a binarised, 1-bit or ONNX network, verify it, classify with it.")
+    parser.add_argument("checkpoint", nargs="?", type=Path, default=Path(BINARIZED), metavar="CKPT", help="the file")
     cli.add_data_options(parser, batch_size=500)
     args = parser.parse_args()
     device = cli.select_device(args.device, args.threads)
-    model = load_binary_network(args.checkpoint).to(device, memory_format=torch.channels_last)
+    onnx = args.checkpoint.suffix == ".onnx"
+    if onnx:
+        model = onnx_export.OnnxNetwork(args.checkpoint)  # its bits are unpacked and its scales folded by the runtime
+    else:
+        model = load_binary_network(args.checkpoint).to(device, memory_format=torch.channels_last)
     test = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test).test
 
-    images, labels = next(cifar10.eval_batches(test.take(torch.arange(min(5, len(test)))), 5, device))
+    def batches(split: cifar10.Split) -> Iterable[tuple[Tensor, Tensor]]:
+        """Images and labels: to an ONNX network go the pixels themselves, to a torch network normalised ones."""
+        if onnx:
+            return zip(split.images.split(args.batch_size), split.labels.split(args.batch_size), strict=True)
+        return cifar10.eval_batches(split, args.batch_size, device)
+
+    images, labels = next(iter(batches(test.take(torch.arange(min(5, len(test)))))))
     with torch.no_grad():
         predicted = model(images).argmax(1)  # (5, 3, 32, 32) -> logits (5, 10) -> classes (5,)
     for number, (label, guess) in enumerate(zip(labels.tolist(), predicted.tolist(), strict=True)):
         print(f"  test image {number}: {cifar10.CLASSES[label]:<10}  classified as {cifar10.CLASSES[guess]}")
 
-    batches = cifar10.eval_batches(test, args.batch_size, device)
-    print(evaluate(model, batches, len(test), progress="test").accuracy_line())
+    print(evaluate(model, batches(test), len(test), progress="test").accuracy_line())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python3 save_binary_model.py                              pack best_model.pth
     python3 save_binary_model.py best_model_binarized.pth     a file of eval_binarized.py gives the same bits
     python3 save_binary_model.py --keep-batchnorm             keep BatchNorm as it is, for further training
+    python3 save_binary_model.py --onnx model.onnx --int8     an ONNX file too, its weights one bit each as well
 
 Writes best_model_binary_1bit.pth, 33,542 bytes of signs for a ResNet-20 and, in float32, a scale and a shift for each
 channel. It is written only after it was loaded back and found to be the same network.
@@ -10,19 +11,24 @@ channel. It is written only after it was loaded back and found to be the same ne
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import cifar10
-from engine import binarised, checkpoint, cli
+from engine import binarised, checkpoint, cli, onnx_export
 from engine.checkpoint import BEST, BINARIZED, BINARY_1BIT, PACKED, Checkpoint
 from engine.cli import UserError
 from engine.evaluate import Scores, evaluate
+from engine.files import atomic_write
 from models import ResNetS
 from models.bitpack import information_bytes, pack_model
 from models.resnet_s import weight_layers
+
+CALIBRATION_IMAGES = 1000
+INT8_LOSS = 0.2  # percentage points of accuracy that 8-bit activations may cost
 
 
 def make_parser() -> cli.ArgumentParser:
@@ -35,19 +41,41 @@ def make_parser() -> cli.ArgumentParser:
         action="store_true",
         help="store BatchNorm as it is instead of one scale and one shift a channel: for further training",
     )
+    group = parser.add_argument_group("ONNX (needs requirements-onnx.txt)")
+    group.add_argument(
+        "--onnx",
+        type=onnx_path,
+        metavar="FILE",
+        help="also export the network to this file: uint8 RGB pixels (N, 32, 32, 3) in, logits (N, 10) out",
+    )
+    group.add_argument(
+        "--int8",
+        action="store_true",
+        help=f"with activations of 8 bits, their ranges taken from {CALIBRATION_IMAGES:,} training images",
+    )
     cli.add_data_options(parser, batch_size=500)
     cli.add_output_option(parser)
     return parser
 
 
+def onnx_path(text: str) -> Path:
+    """An argparse type: a path that ends in .onnx, so that no checkpoint is overwritten by mistake."""
+    if not text.endswith(".onnx"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .onnx")
+    return Path(text)
+
+
 def score(model: nn.Module, data: cifar10.Data, batch_size: int, device: torch.device) -> tuple[Scores, Tensor]:
     """Scores on the test images, printed, and the logits, float32 (images, 10) on the CPU."""
-    logits: list[Tensor] = []
+    test, logits = data.test, []
+    if isinstance(model, onnx_export.OnnxNetwork):
+        batches = zip(test.images.split(batch_size), test.labels.split(batch_size), strict=True)
+    else:
+        batches = cifar10.eval_batches(test, batch_size, device)
     torch.backends.cudnn.allow_tf32 = False  # its 10-bit products would hide what is compared here
     placed = model.to(device, memory_format=torch.channels_last)
     handle = placed.register_forward_hook(lambda _module, _inputs, output: logits.append(output.float().cpu()))
-    batches = cifar10.eval_batches(data.test, batch_size, device)
-    scores = evaluate(placed, batches, len(data.test), progress="test")
+    scores = evaluate(placed, batches, len(test), progress="test")
     handle.remove()
     print(scores.accuracy_line())
     return scores, torch.cat(logits)
@@ -121,14 +149,49 @@ def print_sizes(loaded: Checkpoint, model: ResNetS, packed_bytes: int, folder: P
     )
 
 
-def main() -> None:
+def save_onnx(
+    args: argparse.Namespace, packed: Checkpoint, data: cifar10.Data, expected: tuple[Scores, Tensor]
+) -> None:
+    """Export the packed network to args.onnx, once it is shown to classify as `expected`, the same in torch.
+
+    Raises UserError where 8-bit activations cost more than INT8_LOSS, RuntimeError where the float form differs.
+    """
+    images = data.train.images[:CALIBRATION_IMAGES].numpy() if args.int8 else None
+    content = onnx_export.export(packed.model(fold=False), cifar10.MEAN, cifar10.STD, images)
+    print(f"\nONNX, {'8-bit' if args.int8 else 'float32'} activations, run by onnxruntime:")
+    found, logits = score(onnx_export.OnnxNetwork(content), data, args.batch_size, torch.device("cpu"))
+    if args.int8:
+        lost = expected[0].accuracy - found.accuracy
+        if lost > INT8_LOSS and expected[0].correct - found.correct > 3:  # of few images, a few are much
+            raise UserError(f"--int8: costs {lost:.2f} points of accuracy: {args.onnx} not written; leave --int8 out")
+        print(f"✓ 8-bit activations cost {lost:.2f} points of accuracy (at most {INT8_LOSS} are allowed)")
+    else:
+        prove_same_logits(expected[1], logits)
+    atomic_write(args.onnx, content)
+    print(f"✓ Saved ONNX model: {args.onnx}, {len(content):,} bytes, checked by the ONNX checker")
+
+
+def parse_arguments() -> argparse.Namespace:
     args = make_parser().parse_args()
+    if args.int8 and not args.onnx:
+        raise UserError("--int8: is for --onnx FILE; give both")
+    if args.onnx:
+        onnx_export.require("onnx", "onnxruntime")
+        if args.onnx.is_dir():
+            raise UserError(f"--onnx {args.onnx}: is a folder; give the name of a file")
+        cli.prepare_output_dir(args.onnx.parent)
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
     device = cli.select_device(args.device, args.threads)
     folder = cli.prepare_output_dir(args.output_dir)
     loaded = checkpoint.load(args.checkpoint)
     if loaded.kind == BINARY_1BIT:
         raise UserError(f"{args.checkpoint}: is packed already; give the checkpoint it was made from")
-    data = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
+    calibration = CALIBRATION_IMAGES if args.int8 else None
+    data = cifar10.load(args.data_dir, train=args.int8, limit_train=calibration, limit_test=args.limit_test)
 
     print(f"{args.checkpoint}: {loaded.arch}, {loaded.kind} weights")
     model = binarised.binarised_model(loaded)
@@ -136,15 +199,18 @@ def main() -> None:
     scores, logits = score(model, data, args.batch_size, device)
     content = pack(loaded, model, scores, keep_batchnorm=args.keep_batchnorm)
     path = folder / PACKED
-    unpacked = checkpoint.load(path, content)  # as it will be in the file, before the file is there
-    prove_same_signs(model, unpacked.model(fold=False))
+    packed = checkpoint.load(path, content)  # as it will be in the file, before the file is there
+    prove_same_signs(model, packed.model(fold=False))
     print("Unpacked and folded, on the same images:")
-    prove_same_logits(logits, score(unpacked.model(), data, args.batch_size, device)[1])
+    unpacked = score(packed.model(), data, args.batch_size, device)
+    prove_same_logits(logits, unpacked[1])
     binarised.write(path, content, loaded.sha256)
     if path.read_bytes() != content:
         raise RuntimeError(f"{path}: reads back other than it was written")
     print(f"✓ Saved 1-bit model: {path}, {len(content):,} bytes")
     print_sizes(loaded, model, len(content), folder)
+    if args.onnx:
+        save_onnx(args, packed, data, unpacked)
 
 
 if __name__ == "__main__":

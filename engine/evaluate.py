@@ -66,7 +66,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     distributed.copy_buffers_from_writer(model)
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))  # an ONNX network has none
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     loss_sum = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
     started = time.perf_counter()

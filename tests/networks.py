@@ -13,20 +13,27 @@ from models.binaryconnect import binarize_model
 
 
 def random_network(arch: str = "resnet20", seed: int = 0) -> ResNetS:
-    """Latent weights in [-1, 1]; BatchNorms that suit the network's signs, some scales negative, one of each zero."""
+    """Latent weights in [-1, 1]; BatchNorms with scales of both signs and one of zero each.
+
+    Their statistics are those of the network with its signs for weights, on coarse random patterns: without that, the
+    logits would hardly depend on the image, and a test on them would see nothing.
+    """
     torch.manual_seed(seed)
     model = build(arch)
     for layer in (module for module in model.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)):
         torch.nn.init.uniform_(layer.weight, -1, 1)
     for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
-        fan_in = 9 * norm.num_features
         torch.nn.init.normal_(norm.weight, 0.8, 0.6)
         torch.nn.init.normal_(norm.bias, 0, 0.3)
-        norm.running_mean.normal_(0, fan_in**0.5 / 4)
-        norm.running_var.uniform_(fan_in / 2, 2 * fan_in)
+        norm.momentum = 1.0  # the statistics of the last batch
         norm.weight.data[0] = -norm.weight.data[0].abs()
         norm.weight.data[1] = 0
     torch.nn.init.normal_(model.linear.bias)
+    latent = {key: value.clone() for key, value in model.state_dict().items() if key.endswith("weight")}
+    binarize_model(model)
+    with torch.no_grad():
+        model.train()(torch.randn(64, 3, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3))
+    model.load_state_dict(latent, strict=False)
     return model.eval()
 
 

@@ -1,0 +1,328 @@
+"""A binary network as an ONNX file whose weights are one bit each, and such a file as a network.
+
+The input `images` is uint8 (N, 32, 32, 3): RGB pixels as image libraries give them; the normalisation is part of the
+graph. The output `logits` is float32 (N, 10).
+
+All signs lie in one uint8 tensor, laid out as in models/bitpack.py. Standard operators unpack it: BitShift and
+BitwiseAnd take the bits apart, Cast, Mul and Sub make them -1 and +1, Split and Reshape hand each layer its own. They
+depend on constants only, so a runtime does this once, when it loads the file.
+
+In the int8 form activations are quantised to 8 bits; weights are the int8 values -1 and +1 with the channel's scale
+as their quantisation step: nothing of the weights is rounded. QuantizeLinear and DequantizeLinear stand around each
+operator ("QDQ"), and the runtime puts integer kernels in place of the three.
+
+`onnx` and `onnxruntime` (requirements-onnx.txt) are imported where they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.cli import UserError, reason
+from models import ResNetS
+from models.bitpack import norm_name, pack_bits, scale_and_shift
+from models.resnet_s import weight_layers
+
+if TYPE_CHECKING:
+    import onnx
+
+OPSET = 18  # the first with BitwiseAnd
+IR_VERSION = 8  # that of the same ONNX release, so that older runtimes read the file
+
+
+def require(*packages: str) -> None:
+    """Raise UserError where one of `packages` ("onnx", "onnxruntime") cannot be imported."""
+    for package in packages:
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise UserError(
+                f"ONNX: {package} cannot be imported ({reason(error)}); pip install -r requirements-onnx.txt"
+            ) from error
+
+
+class _Graph:
+    """Nodes and constants under short names: what is not weights should not take much of the file."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Any] = []
+        self.initializers: list[Any] = []
+        self._constants: dict[tuple, str] = {}
+        self._names = 0
+
+    def _new_name(self) -> str:
+        self._names += 1
+        return np.base_repr(self._names, 36).lower()
+
+    def constant(self, value: Any, dtype: Any = None) -> str:
+        """The name of a constant; equal ones are stored once."""
+        from onnx import numpy_helper
+
+        array = np.asarray(value, dtype)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            self._constants[key] = self._new_name()
+            self.initializers.append(numpy_helper.from_array(array, self._constants[key]))
+        return self._constants[key]
+
+    def add(self, operator: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+        """Add a node with one output; return the output's name."""
+        return self.add_many(operator, *inputs, outputs=[output or self._new_name()], **attributes)[0]
+
+    def add_many(self, operator: str, *inputs: str, outputs: Sequence[str] | int, **attributes: Any) -> Sequence[str]:
+        from onnx import helper
+
+        names = [self._new_name() for _ in range(outputs)] if isinstance(outputs, int) else outputs
+        self.nodes.append(helper.make_node(operator, list(inputs), names, **attributes))
+        return names
+
+
+class _FloatForm:
+    """Builds the graph of a network in float32. `places` then maps each activation's place to its tensor."""
+
+    weight_type = np.float32
+
+    def __init__(self, model: ResNetS, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.graph = _Graph()
+        self.model, self.mean, self.std = model, np.array(mean, np.float32), np.array(std, np.float32)
+        self.places: dict[str, str] = {}
+        self.scales: dict[str, np.ndarray] = {}  # float32 (channels,), at least 0
+        self.shifts: dict[str, np.ndarray] = {}
+        self.signs = self._unpacked_signs(self._signs_and_scales())
+
+    def _signs_and_scales(self) -> Tensor:
+        """All signs, float32 (weights,). A channel with a negative scale has its signs flipped instead: exact, and
+        a quantisation step must be positive."""
+        signs = []
+        for name, layer in weight_layers(self.model):
+            weight = layer.weight.detach()
+            if isinstance(layer, nn.Conv2d):
+                scale, shift = scale_and_shift(self.model.get_submodule(norm_name(name)))
+                weight = torch.where(scale.view(-1, 1, 1, 1) < 0, -weight, weight)
+            else:
+                scale, shift = torch.ones(layer.out_features), layer.bias.detach()
+            self.scales[name], self.shifts[name] = scale.abs().numpy(), shift.numpy()
+            signs.append(weight.reshape(-1))
+        return torch.cat(signs)
+
+    def _unpacked_signs(self, signs: Tensor) -> dict[str, str]:
+        """Nodes that unpack the bits: for each layer the tensor of its -1 and +1, in `weight_type` and its shape."""
+        from onnx import helper
+
+        graph, to = self.graph, helper.np_dtype_to_tensor_dtype
+        packed = pack_bits(signs).numpy()  # weight i is bit i % 8 of byte i // 8
+        bits = graph.add(
+            "BitShift", graph.constant(packed[:, None]), graph.constant(range(8), np.uint8), direction="RIGHT"
+        )
+        bits = graph.add("BitwiseAnd", bits, graph.constant(1, np.uint8))  # (bytes, 8) of 0 and 1
+        ones = graph.add("Cast", bits, to=to(np.dtype(np.int32)))  # int32: not every runtime multiplies int8
+        ones = graph.add("Sub", graph.add("Mul", ones, graph.constant(2, np.int32)), graph.constant(1, np.int32))
+        ones = graph.add("Cast", ones, to=to(np.dtype(self.weight_type)))
+        ones = graph.add("Reshape", ones, graph.constant([-1], np.int64))
+        layers = weight_layers(self.model)
+        counts = [layer.weight.numel() for _, layer in layers]
+        unused = [8 * packed.size - len(signs)] if len(signs) % 8 else []
+        parts = graph.add_many("Split", ones, graph.constant(counts + unused, np.int64), outputs=len(counts + unused))
+        return {
+            name: graph.add("Reshape", part, graph.constant(layer.weight.shape, np.int64))
+            for (name, layer), part in zip(layers, parts, strict=False)
+        }
+
+    # What the int8 form does otherwise:
+
+    def store(self, x: str, place: str) -> str:
+        """An activation that is written to memory; `place` is its name for calibration."""
+        self.places[place] = x
+        return x
+
+    def read(self, x: str) -> str:
+        """A stored activation as an operator's input."""
+        return x
+
+    def weight_and_bias(self, name: str, x: str) -> tuple[str, str]:
+        """Of a convolution whose input is the stored activation `x`."""
+        scale = self.graph.constant(self.scales[name][:, None, None, None])
+        return self.graph.add("Mul", self.signs[name], scale), self.graph.constant(self.shifts[name])
+
+    def zero(self) -> str:
+        """The stored form of 0, as a constant."""
+        return self.graph.constant(0, np.float32)
+
+    # The network, as models/resnet_s.py has it:
+
+    def build(self) -> onnx.ModelProto:
+        from onnx import TensorProto, helper
+
+        x = self.store(self._normalised("images"), "pixels")
+        x = self._convolution("conv1", x, relu=True)
+        for stage in ("layer1", "layer2", "layer3"):
+            for number, block in enumerate(getattr(self.model, stage)):
+                x = self._block(f"{stage}.{number}", block, x)
+        pooled = self.store(self.graph.add("GlobalAveragePool", self.read(x)), "pooled")
+        self._classifier(self.graph.add("Flatten", self.read(pooled)))
+        images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", 32, 32, 3], "RGB pixels")
+        logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", self.model.linear.out_features])
+        made = helper.make_graph(self.graph.nodes, "binary_resnet", [images], [logits], self.graph.initializers)
+        return helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+
+    def _normalised(self, images: str) -> str:
+        """uint8 (N, 32, 32, 3) -> float32 (N, 3, 32, 32): (x / 255 - mean) / std."""
+        graph = self.graph
+        # One constant per value of an image, expanded at load: adding three values to planes is slow in runtimes.
+        shape = graph.constant([3, 32, 32], np.int64)
+        scale = graph.add("Expand", graph.constant((1 / (255 * self.std))[:, None, None]), shape)
+        shift = graph.add("Expand", graph.constant((-self.mean / self.std)[:, None, None]), shape)
+        x = graph.add("Cast", graph.add("Transpose", images, perm=[0, 3, 1, 2]), to=1)  # 1: float32
+        return graph.add("Add", graph.add("Mul", x, scale), shift)
+
+    def _convolution(self, name: str, x: str, *, relu: bool, stride: int = 1) -> str:
+        weight, bias = self.weight_and_bias(name, x)
+        strides = {} if stride == 1 else {"strides": [stride, stride]}
+        y = self.graph.add("Conv", self.read(x), weight, bias, pads=[1, 1, 1, 1], **strides)
+        return self.store(self.graph.add("Relu", y) if relu else y, name)
+
+    def _block(self, name: str, block: nn.Module, x: str) -> str:
+        y = self._convolution(f"{name}.conv1", x, relu=True, stride=block.stride)
+        y = self._convolution(f"{name}.conv2", y, relu=False)
+        added = self.graph.add("Add", self.read(y), self.read(self._shortcut(block, x)))
+        return self.store(self.graph.add("Relu", added), name)
+
+    def _shortcut(self, block: nn.Module, x: str) -> str:
+        """Every stride-th pixel, and new channels of zeros before and after the old ones."""
+        missing = block.planes - block.conv1.in_channels
+        if block.stride == 1 and missing == 0:
+            return x
+        # The maximum over one pixel is that pixel: runtimes have a faster kernel for it than for slices with steps.
+        strided = self.graph.add("MaxPool", x, kernel_shape=[1, 1], strides=[block.stride] * 2)
+        pads = [0, missing // 2, 0, 0, 0, missing - missing // 2, 0, 0]
+        return self.graph.add("Pad", strided, self.graph.constant(pads, np.int64), self.zero())
+
+    def _classifier(self, features: str) -> None:
+        """In float32 in both forms: 640 products need no speed."""
+        weight = self.graph.add("Cast", self.signs["linear"], to=1) if self.weight_type != np.float32 else None
+        bias = self.graph.constant(self.shifts["linear"])
+        self.graph.add("Gemm", features, weight or self.signs["linear"], bias, transB=1, output="logits")
+
+
+class _Int8Form(_FloatForm):
+    """The same graph with 8-bit activations. ranges: the least and greatest value at each place of a _FloatForm."""
+
+    weight_type = np.int8
+
+    def __init__(self, model: ResNetS, mean: Any, std: Any, ranges: dict[str, tuple[float, float]]) -> None:
+        super().__init__(model, mean, std)
+        self.ranges = ranges
+        self.steps: dict[str, tuple[np.float32, np.uint8]] = {}  # stored tensor -> quantisation step and zero point
+
+    def store(self, x: str, place: str) -> str:
+        low, high = (min(self.ranges[place][0], 0.0), max(self.ranges[place][1], 0.0))
+        step = np.float32(max(high - low, 1e-6) / 255)
+        zero = np.uint8(np.clip(round(-low / float(step)), 0, 255))
+        stored = self.graph.add("QuantizeLinear", x, self.graph.constant(step), self.graph.constant(zero))
+        self.steps[stored] = step, zero
+        self.places[place] = stored
+        return stored
+
+    def read(self, x: str) -> str:
+        step, zero = self.steps[x]
+        return self.graph.add("DequantizeLinear", x, self.graph.constant(step), self.graph.constant(zero))
+
+    def weight_and_bias(self, name: str, x: str) -> tuple[str, str]:
+        graph, shift, step = self.graph, self.shifts[name].astype(np.float64), float(self.steps[x][0])
+        # The bias is an int32 multiple of step * scale. Where the scale is 0, or too small for that, the least scale
+        # that can express the bias takes its place; what it lets through is below 2e-4 of the bias.
+        least = np.maximum(np.abs(shift) / (step * 2.0**30), 1e-12)
+        scale = np.maximum(self.scales[name], least).astype(np.float32)
+        steps = graph.constant(scale)
+        bias = np.round(shift / (step * scale.astype(np.float64))).astype(np.int32)
+        bias_steps = graph.add("Mul", steps, graph.constant(step, np.float32))
+        zeros = graph.constant(np.zeros(len(scale), np.int8))
+        return (
+            graph.add("DequantizeLinear", self.signs[name], steps, zeros, axis=0),
+            graph.add("DequantizeLinear", graph.constant(bias), bias_steps, axis=0),
+        )
+
+    def zero(self) -> str:
+        return self.graph.constant(0, np.uint8)  # after a ReLU the zero point is 0
+
+    def _shortcut(self, block: nn.Module, x: str) -> str:
+        shortcut = super()._shortcut(block, x)
+        self.steps[shortcut] = self.steps[x]  # moved, not computed with
+        return shortcut
+
+
+def export(
+    model: ResNetS,
+    mean: Sequence[float],
+    std: Sequence[float],
+    calibration: np.ndarray | None = None,
+) -> bytes:
+    """The content of an ONNX file for `model`, whose weights are -1 and +1, its BatchNorms (or scales) not folded.
+
+    mean, std: of the normalisation, one value a channel, where pixels go from 0 to 1.
+    calibration: uint8 (N, 32, 32, 3), training images whose activations set the ranges of the int8 form; None for
+        the float form.
+    Raises what the ONNX checker raises where the graph is not valid ONNX.
+    """
+    import onnx
+
+    form = _FloatForm(model, mean, std)
+    made = form.build()
+    if calibration is not None:
+        ranges = _activation_ranges(made, form.places, calibration)
+        made = _Int8Form(model, mean, std, ranges).build()
+    onnx.checker.check_model(made, full_check=True)
+    return made.SerializeToString()
+
+
+def _activation_ranges(
+    made: onnx.ModelProto, places: dict[str, str], images: np.ndarray, batch: int = 100
+) -> dict[str, tuple[float, float]]:
+    """For each place the least and the greatest activation over all images."""
+    from onnx import TensorProto, helper
+
+    for name in places.values():
+        made.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    network = OnnxNetwork(made.SerializeToString())
+    low, high = dict.fromkeys(places, np.inf), dict.fromkeys(places, -np.inf)
+    for start in range(0, len(images), batch):
+        found = network.session.run(list(places.values()), {"images": images[start : start + batch]})
+        for place, values in zip(places, found, strict=True):
+            low[place] = min(low[place], float(values.min()))
+            high[place] = max(high[place], float(values.max()))
+    return {place: (low[place], high[place]) for place in places}
+
+
+class OnnxNetwork(nn.Module):
+    """An ONNX file run by onnxruntime on the CPU. forward: uint8 (N, 32, 32, 3) pixels -> float32 (N, 10) logits.
+
+    file: its path, or its content. threads: as many as torch uses.
+    Raises UserError where onnxruntime is missing, or where the file is no such network.
+    """
+
+    def __init__(self, file: Path | bytes) -> None:
+        super().__init__()
+        require("onnxruntime")
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 4  # errors are raised as well
+        try:
+            content = file if isinstance(file, bytes) else file.read_bytes()
+            self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            inputs = [(x.name, x.type, x.shape[1:]) for x in self.session.get_inputs()]
+            if inputs != [("images", "tensor(uint8)", [32, 32, 3])] or self.session.get_outputs()[0].name != "logits":
+                raise ValueError("its input is not uint8 images of 32 x 32 x 3, or its output not logits")
+        except Exception as error:  # onnxruntime has many of its own
+            name = "the exported network" if isinstance(file, bytes) else file
+            raise UserError(f"{name}: not an ONNX file of save_binary_model.py: {reason(error)}") from error
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.session.run(["logits"], {"images": images.numpy()})[0])
