@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ for folder in (ROOT, ROOT / "tests"):
         sys.path.insert(0, str(folder))
 
 import data_files  # noqa: E402 - needs the path
+import script_server  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -117,3 +118,11 @@ def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
 def child_environment() -> dict[str, str]:
     """For tests that start processes themselves."""
     return offline_environment()
+
+
+@pytest.fixture(scope="session")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[script_server.ScriptServer]:
+    """Training scripts as processes without the time of their imports, and with no way to the network."""
+    server = script_server.ScriptServer(offline_environment(), tmp_path_factory.mktemp("scripts"))
+    yield server
+    server.close()

@@ -1,0 +1,60 @@
+"""What the tests of training share: a small run, and what of its files must not depend on where it was stopped."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine import checkpoint as checkpoints
+from engine.checkpoint import BEST, FINAL, LAST
+
+RUN_FILES = (BEST, FINAL, LAST, "metrics.csv", "training_curves.png")
+TIMES = ("seconds", "images_per_second")
+
+
+def small_options(data: Path, *, epochs: int = 3) -> list[object]:
+    """Epochs of 4 steps, the last one with a short batch; scored on 20 images."""
+    return [
+        *("--data-dir", data, "--limit-train", 30, "--limit-test", 20, "--batch-size", 8),
+        *("--epochs", epochs, "--warmup-epochs", 1, "--wandb", "disabled", "--no-compile"),
+    ]
+
+
+def essence(folder: Path) -> dict[str, Any]:
+    """All that a finished run leaves, times apart, by the name of the file."""
+    found: dict[str, Any] = {name: _plain(checkpoints.load(folder / name).raw) for name in (BEST, FINAL, LAST)}
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    found["metrics.csv"] = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A nest in which == means bit for bit, without times and without what names the run elsewhere."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
+    if isinstance(value, dict):
+        left_out = (*TIMES, "wandb_id", "checksum")
+        return {key: _plain(item) for key, item in value.items() if key not in left_out}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def differences(one: Any, other: Any, where: str = "") -> list[str]:
+    """The places in which two nests differ: an assertion on megabytes of weights would print them all."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return [place for key in one for place in differences(one[key], other[key], f"{where}/{key}")]
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = enumerate(zip(one, other, strict=True))
+        return [place for i, (a, b) in pairs for place in differences(a, b, f"{where}/{i}")]
+    return [] if one == other else [where or "/"]
+
+
+def assert_all_load(folder: Path) -> int:
+    """Every .pth in the folder and below it loads; returns how many there are."""
+    paths = sorted(folder.rglob("*.pth"))
+    for path in paths:
+        checkpoints.load(path)
+    return len(paths)
