@@ -210,8 +210,8 @@ class Run:
         compiling a second time for it would take longer than it saves.
         """
         args = self.args
-        wanted = self.resumed.raw["training"]["compiled"] if self.resumed else args.compile
-        self.compiled, notice = runtime.choose_compile(wanted, self.device, train_images * args.epochs)
+        was = self.resumed.raw["training"]["compiled"] if self.resumed else None
+        self.compiled, notice = runtime.choose_compile(args.compile, self.device, train_images * args.epochs, was=was)
         if notice:
             self.say(notice)
         plain = distributed.data_parallel(network, self.device)

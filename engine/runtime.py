@@ -69,20 +69,28 @@ def gradient_scaler(precision: str, device: torch.device) -> torch.amp.GradScale
     return torch.amp.GradScaler(device.type, enabled=precision == "float16")
 
 
-def choose_compile(wanted: bool | None, device: torch.device, images: int) -> tuple[bool, str]:
+def choose_compile(
+    wanted: bool | None, device: torch.device, images: int, *, was: bool | None = None
+) -> tuple[bool, str]:
     """Whether to compile the network, and a one-line notice if the answer needs one.
 
     wanted: --compile, --no-compile, or None to decide: where it works and the run is long enough to repay it.
-    images: training images of the whole run. Raises UserError where --compile is given and does not work.
+    images: training images of the whole run. was: of a run that is resumed, whether it was compiled; it stays so.
+    Raises UserError where --compile is given and does not work.
     """
-    if wanted is False:
+    if was is False or (was is None and wanted is False):
         return False, ""
-    if wanted is None and images < COMPILE_PAYS_FROM_IMAGES:
+    if was is None and wanted is None and images < COMPILE_PAYS_FROM_IMAGES:
         return False, "Not compiled: the run is too short to repay it (--compile does it anyway)."
     error = _try_compile(device)
     if not distributed.any_rank(bool(error)):
         return True, ""
     error = error or "in another process"
+    if was:
+        return (
+            False,
+            f"Not compiled any more, so not the same to the last bit: torch.compile does not work ({error}).",
+        )
     if wanted:
         raise UserError(f"--compile: torch.compile does not work here: {error}; leave the option out")
     return False, f"Not compiled: torch.compile does not work here ({error})."
