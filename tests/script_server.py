@@ -146,7 +146,7 @@ class ScriptServer:
 
 def _serve() -> None:
     sys.path.insert(0, str(ROOT))
-    for name in ("main", "main_binary", *IMPORTED_LATE):
+    for name in (*(path.stem for path in sorted(ROOT.glob("*.py"))), *IMPORTED_LATE):
         importlib.import_module(name)
     folders: dict[int, str] = {}
     open_ended = True
