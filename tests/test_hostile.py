@@ -1,0 +1,355 @@
+"""Files from anybody, given to every script that reads one: no crash, no traceback, no code run, no unbounded memory.
+
+Always exit status 2 and one line that names the file. The scripts run in processes forked from one that has imported
+torch, each with a limit of memory and time; ten cases also as real commands.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import data_files
+import hostile_corpus
+import pytest
+import torch
+from hostile_corpus import CANARY, Base, Case
+from networks import binary_network, random_network
+from script_server import ScriptServer
+
+from engine import checkpoint
+from engine.checkpoint import LAST
+from models.bitpack import pack_model
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits the memory as Linux does")
+
+ROOT = Path(__file__).resolve().parent.parent
+MEMORY = 1_500_000_000  # bytes more than a process that has imported everything
+CPU_SECONDS = 20
+ABOUT = {"epoch": 3, "metrics": {"test_accuracy": 12.5}, "config": {"seed": 0}, "logit_scale": 0.125}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A way to hand a file to a script: what it would take, and the command line."""
+
+    name: str
+    base: str
+    arguments: Callable[[Path], list[object]]
+    shows_others: bool = False  # exit status 0 is right for whatever can be read at all
+
+    @property
+    def script(self) -> str:
+        return self.name.split()[0]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def scoring(path: Path) -> list[object]:
+    return [path, "--limit-test", 10]
+
+
+READERS = [
+    Reader("eval.py", "latent", scoring),
+    Reader("eval_binarized.py", "latent", scoring),
+    Reader("load_binarized_example.py", "binary", scoring),
+    Reader("analyze_binary_weights.py", "binary", lambda path: [path]),
+    Reader("save_binary_model.py", "latent", scoring),
+    Reader("inspect_saved_model.py", "latent", lambda path: [path], shows_others=True),
+    Reader("main.py --resume", "last of main.py", lambda path: ["--resume", path]),
+    Reader("main_binary.py --resume", "last of main_binary.py", lambda path: ["--resume", path]),
+    Reader("main_binary.py --init", "latent", lambda path: ["--init", path]),
+    Reader("main_binary.py --teacher", "float", lambda path: ["--teacher", path]),
+]
+READS_PACKED = [
+    reader
+    for reader in READERS
+    if reader.script
+    in ("eval.py", "load_binarized_example.py", "analyze_binary_weights.py", "inspect_saved_model.py")
+]
+RESUMES = [reader for reader in READERS if "--resume" in reader.name]
+
+
+def test_every_script_that_reads_a_checkpoint_is_among_the_readers():
+    """A script that is added, or one that is missing, must be seen here."""
+    reading = re.compile(r"\b(checkpoint\.(load|read)|Run\.start)\(")
+    scripts = {path.name for path in ROOT.glob("*.py") if reading.search(path.read_text(encoding="utf-8"))}
+    assert scripts == {reader.script for reader in READERS}
+
+
+# -- good files to damage ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(child_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptServer]:
+    server = ScriptServer(child_environment, tmp_path_factory.mktemp("outputs"))
+    server.run("inspect_saved_model.py", "--help", cwd=tmp_path_factory.mktemp("warm"))  # the imports are done
+    server.limit(memory=MEMORY, cpu_seconds=CPU_SECONDS)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def bases(server: ScriptServer, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
+    """A good file of each kind, and the checkpoint of a run that was stopped after an epoch."""
+    state = random_network().state_dict()
+    found = {kind: Base.of(checkpoint.make("resnet20", kind, state, **ABOUT)) for kind in ("float", "latent")}
+    found["binary"] = Base.of(checkpoint.make("resnet20", "binary", binary_network().state_dict(), **ABOUT))
+    packed = pack_model(binary_network(), "resnet20")
+    found["packed"] = Base.of(checkpoint.make(packed.pop("arch"), packed.pop("kind"), None, **packed, **ABOUT))
+    for script in ("main.py", "main_binary.py"):
+        folder = tmp_path_factory.mktemp("run")
+        server.run(script, *training_options(small_data), "--epochs", 1, cwd=folder)
+        raw = dict(checkpoint.load(folder / LAST).raw)
+        del raw["checksum"]
+        raw["config"]["epochs"] = 2
+        found[f"last of {script}"] = Base.of(raw)
+    return found
+
+
+def training_options(data: Path) -> list[object]:
+    return ["--data-dir", data, "--limit-train", 16, "--limit-test", 10, "--batch-size", 8, "--wandb", "disabled"]
+
+
+# -- giving them to the scripts ----------------------------------------------------------------------------------
+
+
+class Trial:
+    """Gives files to scripts one at a time, each in a folder of its own, and collects what went wrong."""
+
+    def __init__(self, server: ScriptServer, bases: dict[str, Base], data: Path, folder: Path) -> None:
+        self.server, self.bases, self.data, self.folder = server, bases, data, folder
+        self.count, self.failures = 0, []
+
+    def give(self, case: Case, reader: Reader, base: str = "") -> None:
+        self.count += 1
+        folder = self.folder / str(self.count)
+        folder.mkdir()
+        path = folder / "füle 1.pth"
+        case.write(path, self.bases[base or reader.base])
+        child = self.server.start(reader.script, *reader.arguments(path), *self._options(reader), cwd=folder)
+        try:
+            status = child.wait(120)
+        except TimeoutError as error:
+            status = str(error)
+        problems = self._problems(case, reader, status, child.errors, path)
+        if (folder / CANARY).exists():
+            problems.append("code was run")
+        left = [p.name for p in folder.iterdir() if p.suffix == ".pth" and p != path] if status != 0 else []
+        if left and "--resume" not in reader.name:
+            problems.append(f"{left} written")
+        if problems:
+            self.failures.append(f"{reader}: {case}: {'; '.join(problems)}\n{child.errors[-1500:]}")
+        _remove(folder)
+
+    def _options(self, reader: Reader) -> list[object]:
+        if reader.script in ("inspect_saved_model.py", "analyze_binary_weights.py"):
+            return []
+        if "--resume" in reader.name:
+            return ["--data-dir", self.data, "--wandb", "disabled"]
+        if reader.script == "main_binary.py":
+            return [*training_options(self.data), "--epochs", 1]
+        return ["--data-dir", self.data]
+
+    def _problems(self, case: Case, reader: Reader, status: object, errors: str, path: Path) -> list[str]:
+        if status == 0 and (case.harmless or reader.shows_others):
+            return ["something on stderr"] if errors else []
+        problems = []
+        if status != 2:
+            problems.append(f"exit status {status}")
+        if errors.count("\n") != 1 or not errors.startswith("Error: "):
+            problems.append(f"{errors.count(chr(10))} lines on stderr")
+        if str(path) not in errors:
+            problems.append("the file is not named")
+        return problems
+
+    def report(self) -> None:
+        listed = "\n".join(self.failures[:40])
+        assert not self.failures, f"{len(self.failures)} of {self.count} went wrong:\n{listed}"
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def trial(server: ScriptServer, bases: dict[str, Base], small_data: Path, tmp_path: Path) -> Trial:
+    return Trial(server, bases, small_data, tmp_path)
+
+
+CORPUS = hostile_corpus.corpus()
+GROUPS = list(dict.fromkeys(case.group for case in CORPUS))
+
+
+def test_the_corpus_is_large_and_without_repetitions():
+    assert len(CORPUS) >= 300
+    assert len({str(case) for case in CORPUS}) == len(CORPUS)
+
+
+@pytest.mark.parametrize("reader", READERS, ids=str)
+def test_the_good_files_are_taken(trial, reader):
+    """Otherwise what follows would prove nothing."""
+    good = Case("good", "file", lambda path, base: path.write_bytes(base.content), harmless=True)
+    trial.give(good, reader)
+    if reader in READS_PACKED:
+        trial.give(good, reader, base="packed")
+    trial.report()
+    assert trial.count
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_hostile_files_are_refused(trial, group):
+    """Each file meets a script, and each script every kind of damage."""
+    cases = [case for case in CORPUS if case.group == group]
+    for turn in range(max(len(cases), len(READERS))):
+        trial.give(cases[turn % len(cases)], READERS[turn % len(READERS)])
+    trial.report()
+
+
+def test_hostile_one_bit_files_are_refused(trial):
+    for turn, case in enumerate(hostile_corpus.packed()):
+        trial.give(case, READS_PACKED[turn % len(READS_PACKED)], base="packed")
+    trial.report()
+
+
+def test_hostile_training_states_are_refused(trial):
+    for turn, case in enumerate(hostile_corpus.training()):
+        trial.give(case, RESUMES[turn % 2])
+    trial.report()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("reader", READERS, ids=str)
+def test_every_hostile_file_is_refused_by_every_script(trial, reader):
+    for case in CORPUS:
+        trial.give(case, reader)
+    for case in hostile_corpus.packed() if reader in READS_PACKED else ():
+        trial.give(case, reader, base="packed")
+    for case in hostile_corpus.training() if reader in RESUMES else ():
+        trial.give(case, reader)
+    trial.report()
+    print(f"{reader}: {trial.count} files, 0 went wrong")
+
+
+# -- as real commands --------------------------------------------------------------------------------------------
+
+AS_COMMANDS = [
+    ("truncated: to 15/31", "eval.py"),
+    ("flipped: bit 7", "eval_binarized.py"),
+    ("flipped: bit 3, archive written anew", "load_binarized_example.py"),
+    ("not a file: a pipe", "analyze_binary_weights.py"),
+    ("code: os.system", "save_binary_model.py"),
+    ("code: eval, old format", "inspect_saved_model.py"),
+    ("bomb: bytearray of 10 GB", "main.py --resume"),
+    ("values: NaN in conv1.weight", "main_binary.py --resume"),
+    ("metadata: two containers", "main_binary.py --init"),
+    ("another kind: a whole module", "main_binary.py --teacher"),
+]
+
+
+@pytest.mark.parametrize(("name", "reader"), AS_COMMANDS)
+def test_as_a_command(name, reader, bases, small_data, tmp_path, run_script):
+    case = next(case for case in CORPUS if str(case) == name)
+    reader = next(known for known in READERS if known.name == reader)
+    path = tmp_path / "a.pth"
+    case.write(path, bases[reader.base])
+    before = sorted(os.listdir(tmp_path))
+    done = run_script(
+        reader.script, *reader.arguments(path), cwd=tmp_path, check=False, env={"CIFAR10_DIR": str(small_data)}
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert str(path) in done.stderr
+    assert [name for name in sorted(os.listdir(tmp_path)) if name != ".run.lock"] == before
+
+
+# -- data --------------------------------------------------------------------------------------------------------
+
+DATA_SCRIPTS = [
+    "cifar10.py",
+    "eval.py",
+    "eval_binarized.py",
+    "load_binarized_example.py",
+    "save_binary_model.py",
+    "main.py",
+    "main_binary.py",
+]
+
+
+@pytest.fixture(scope="module")
+def good_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("good")
+    return {
+        "binary": data_files.write_binary(folder / "b" / "cifar-10-batches-bin", train=20, test=10),
+        "python": data_files.write_python(folder / "p" / "cifar-10-batches-py", train=20, test=10),
+    }
+
+
+def hostile_folder(folder: Path, good: Path, form: str, content: bytes, *, official: bool) -> Path:
+    """A data folder with `content` for a test batch; returns that file. official: without a SHA256SUMS of its own."""
+    shutil.copytree(good, folder / good.name)
+    path = folder / good.name / ("test_batch.bin" if form == "binary" else "test_batch")
+    path.write_bytes(content)
+    (folder / good.name / "SHA256SUMS").unlink()
+    if not official:
+        data_files.write_sums(folder / good.name)
+    return path
+
+
+def test_hostile_data_is_refused(server, bases, good_data, tmp_path, request):
+    """Checksums match, so it is the content that must be refused; without them, the official ones do not match."""
+    failures, turn = [], 0
+    every = request.config.getoption("--full")
+    for title, form, content in hostile_corpus.data_files():
+        for official in (False, True):
+            turn += 1
+            for script in DATA_SCRIPTS if every else [DATA_SCRIPTS[turn % len(DATA_SCRIPTS)]]:
+                folder = tmp_path / f"{turn} {script}"
+                path = hostile_folder(folder, good_data[form], form, content, official=official)
+                problems = give_data(server, script, folder, path, bases)
+                if problems:
+                    failures.append(f"{script}: {title}, official {official}: {problems}")
+                shutil.rmtree(folder)
+    assert not failures, "\n".join(failures)
+
+
+def give_data(server: ScriptServer, script: str, folder: Path, path: Path, bases: dict[str, Base]) -> str:
+    arguments: list[object] = ["--data-dir", folder]
+    if script.startswith("main"):
+        arguments += ["--wandb", "disabled", "--epochs", 1]
+    elif script != "cifar10.py":
+        checkpoint_path = folder / "a.pth"
+        checkpoint_path.write_bytes(bases["binary" if script.startswith("load") else "latent"].content)
+        arguments.append(checkpoint_path)
+    child = server.start(script, *arguments, cwd=folder)
+    status = child.wait(120)
+    errors = child.errors
+    if status != 2 or errors.count("\n") != 1 or str(path.parent) not in errors or (folder / CANARY).exists():
+        return f"exit status {status}, canary {(folder / CANARY).exists()}, {child.output[-500:]}{errors[-1500:]}"
+    return ""
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a folder", "a link to itself", "/dev/zero", "a hole of 1 TB", "empty"])
+def test_what_is_no_data_file_is_refused(server, bases, good_data, tmp_path, kind):
+    """In place of the test batch and in place of its checksums."""
+    case = next(case for case in CORPUS if case.group == "not a file" and case.name == kind)
+    for name in ("test_batch.bin", "SHA256SUMS"):
+        folder = tmp_path / name
+        path = hostile_folder(folder, good_data["binary"], "binary", bytes(3073), official=False).with_name(name)
+        path.unlink()
+        case.write(path, bases["latent"])
+        assert give_data(server, "eval.py", folder, path, bases) == ""
+
+
+def test_limits_are_in_force(server, tmp_path):
+    """A process that takes more memory than it may is stopped by the limit, so the tests above mean something."""
+    assert torch.get_num_threads() >= 1
+    child = server.start("inspect_saved_model.py", "--help", cwd=tmp_path)
+    assert child.wait() == 0
+    limits = Path(f"/proc/{server._process.pid}/limits").read_text()
+    assert "unlimited" not in next(line for line in limits.splitlines() if line.startswith("Max address space"))
