@@ -417,7 +417,8 @@ class Trainer:
             return
         write_metrics(self.run.folder, self.history)
         if always or time.perf_counter() - self._curves_drawn > _CURVES_SECONDS:
-            draw_curves(self.run.folder, self.history, f"{self.run.args.arch}, {self.run.kind} weights")
+            how = "full precision" if self.run.kind == "float" else "BinaryConnect, scored with binary weights"
+            draw_curves(self.run.folder, self.history, f"{self.run.args.arch}, {how}")
             self._curves_drawn = time.perf_counter()
 
     def farewell(self) -> str:

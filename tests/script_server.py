@@ -6,12 +6,15 @@ is the time of the imports. A test can also name a moment at which the process s
     at=("replace", 3, "SIGKILL")     at its 3rd file operation of that kind, just before it is done
     at=("half-written", 1, "SIGKILL") with the first half of a file written
     at=("engine.evaluate.evaluate", 1, "SIGINT")  when that function is called for the first time
+
+or, with the name of an errno in the place of the signal's, at which an operation fails.
 """
 
 from __future__ import annotations
 
 import builtins
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -37,7 +40,7 @@ class Child:
         self.ended = threading.Event()
         self.status = 0
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 400) -> int:
         """The exit status, as subprocess gives it: -9 for a process that SIGKILL has ended."""
         if not self.ended.wait(timeout):
             self.send(signal.SIGKILL)
@@ -56,7 +59,7 @@ class Child:
     def errors(self) -> str:
         return (self.folder / "stderr").read_text(encoding="utf-8")
 
-    def wait_until(self, condition: Callable[[], Any], timeout: float = 120) -> bool:
+    def wait_until(self, condition: Callable[[], Any], timeout: float = 400) -> bool:
         """Look every half millisecond; False where the process has ended before the condition was met."""
         limit = time.monotonic() + timeout
         while not condition():
@@ -120,10 +123,10 @@ class ScriptServer:
         with self._replied:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-            assert self._replied.wait_for(lambda: self._replies, 120), "the server does not answer"
+            assert self._replied.wait_for(lambda: self._replies, 400), "the server does not answer"
             return self._replies.pop()
 
-    def run(self, script: str, *arguments: object, timeout: float = 120, expect: int = 0, **more: Any) -> Child:
+    def run(self, script: str, *arguments: object, timeout: float = 400, expect: int = 0, **more: Any) -> Child:
         """Start it and wait for its end, with the exit status that is expected."""
         child = self.start(script, *arguments, **more)
         status = child.wait(timeout)
@@ -219,14 +222,16 @@ def _become(request: dict[str, Any]) -> None:
 
 
 def _arm(moment: str, number: int, name: str) -> None:
-    """Send this process the signal `name` at the `number`-th occurrence of `moment`."""
+    """Send this process the signal `name`, or raise that OSError, at a moment's `number`-th occurrence."""
     left = number
 
     def occurred() -> None:
         nonlocal left
         left -= 1
-        if left == 0:
+        if left == 0 and name.startswith("SIG"):
             os.kill(os.getpid(), getattr(signal, name))
+        elif left == 0:
+            raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
 
     def before(function: Callable[..., Any]) -> Callable[..., Any]:
         def replacement(*args: Any, **kwargs: Any) -> Any:

@@ -285,7 +285,7 @@ def test_signals_to_the_command_itself(
             break
     asked = time.monotonic()
     os.kill(process.pid, number)
-    _, errors = process.communicate(timeout=60)
-    assert time.monotonic() - asked < 20  # a few seconds, on a machine that does nothing else
+    _, errors = process.communicate(timeout=400)
+    assert time.monotonic() - asked < 60  # a few seconds where the machine does nothing else
     assert process.returncode == status
     assert re.search(r'Go on with: python3 main_binary\.py --resume --output-dir ".*with space é"$', errors.strip())

@@ -1,0 +1,172 @@
+"""The output folder of a training run: full, read-only, gone, or in use by another run."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import RUN_FILES, assert_all_load, differences, essence, small_options
+from script_server import ScriptServer
+
+from engine import files
+from engine.checkpoint import BEST, FINAL, LAST
+from engine.cli import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def one_line(errors: str) -> str:
+    lines = errors.splitlines()
+    assert len(lines) == 1, errors
+    assert lines[0].startswith("Error: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def finished(scripts: ScriptServer, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of main.py. Not to be written to."""
+    folder = tmp_path_factory.mktemp("finished")
+    scripts.run("main.py", *small_options(small_data), cwd=folder)
+    return folder
+
+
+def test_full_disk(scripts: ScriptServer, small_data: Path, tmp_path: Path, finished: Path) -> None:
+    """One run for which each of several writes fails in turn, and which goes on when there is space again."""
+    options = small_options(small_data)
+    for operation, number in (("half-written", 1), ("half-written", 4), ("fsync", 5), ("half-written", 2)):
+        before = {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")}
+        child = scripts.run("main.py", *options, cwd=tmp_path, at=(operation, number, "ENOSPC"), expect=2)
+        assert re.match(r"Error: \S+: cannot be written: No space left on device", one_line(child.errors))
+        assert not list(tmp_path.glob("*.tmp-*"))
+        assert_all_load(tmp_path)
+        assert before.keys() <= {path.name for path in tmp_path.glob("*.pth")}
+        if (tmp_path / LAST).exists():
+            options = ["--resume", "--data-dir", small_data, "--wandb", "disabled"]
+    scripts.run("main.py", *options, cwd=tmp_path)
+    assert differences(essence(tmp_path), essence(finished)) == []
+
+
+def test_a_file_that_grows_too_large(child_environment: dict[str, str], small_data: Path, tmp_path: Path) -> None:
+    """A limit that the system itself sets, for the real command: main.py's checkpoint_last.pth has over 2 MB."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "main.py", *map(str, small_options(small_data))],
+        cwd=tmp_path,
+        env=child_environment,
+        capture_output=True,
+        encoding="utf-8",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
+        timeout=400,
+    )
+    assert done.returncode == 2
+    assert one_line(done.stderr) == f"Error: {LAST}: cannot be written: File too large"
+    assert [path.name for path in tmp_path.iterdir()] == [".run.lock"]
+
+
+def test_a_folder_that_cannot_be_written_to(scripts: ScriptServer, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "locked").mkdir(mode=0o555)
+    folders = [tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none"), "x" * 300]
+    folders += [] if os.access(tmp_path / "locked", os.W_OK) else [tmp_path / "locked"]  # root may write anywhere
+    for folder in folders:
+        child = scripts.run("main.py", "--data-dir", "none", "--output-dir", folder, cwd=tmp_path, expect=2)
+        assert f"--output-dir {folder}: cannot be written to: " in one_line(child.errors)
+
+
+def test_a_folder_that_vanishes(scripts: ScriptServer, small_data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    options = [*small_options(small_data, epochs=500), "--output-dir", folder]
+    child = scripts.start("main.py", *options, cwd=tmp_path)
+    child.wait_until(lambda: "\nepoch " in child.output)
+    shutil.rmtree(folder, ignore_errors=True)
+    assert child.wait() == 2, child.errors
+    assert "cannot be written: No such file or directory" in one_line(child.errors)
+
+
+def test_two_runs_in_one_folder(scripts: ScriptServer, small_data: Path, tmp_path: Path) -> None:
+    first = scripts.start("main.py", *small_options(small_data, epochs=500), cwd=tmp_path)
+    first.wait_until(lambda: "\nepoch 1/" in first.output)
+    for options in (small_options(small_data), ["--resume"]):
+        second = scripts.run("main_binary.py", *options, "--data-dir", "none", cwd=tmp_path, expect=2)
+        error = one_line(second.errors)
+        assert f"another run is using this folder (process {first.pid} on " in error
+        assert "main.py --data-dir" in error
+    lines = first.output.count("\nepoch")
+    assert first.wait_until(lambda: first.output.count("\nepoch") > lines + 1), "the first run did not go on"
+    first.send(signal.SIGKILL)
+    first.wait()
+    at = ("engine.training.Trainer.train_epoch", 1, "SIGTERM")
+    third = scripts.run("main.py", "--resume", "--data-dir", small_data, cwd=tmp_path, at=at, expect=143)
+    assert "Resuming" in third.output
+
+
+def test_a_new_run_moves_the_old_files_aside(
+    scripts: ScriptServer, small_data: Path, tmp_path: Path, finished: Path
+) -> None:
+    """Under one name, with nothing of the user's own; also what an evaluation of the old run has not made."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "previous-1").mkdir()
+    at = ("engine.training.Trainer.train_epoch", 1, "SIGTERM")
+    child = scripts.run("main_binary.py", *small_options(small_data), cwd=tmp_path, at=at, expect=143)
+    assert "The files of the previous run were moved to previous-2." in child.output
+    assert {path.name for path in (tmp_path / "previous-2").iterdir()} == set(RUN_FILES)
+    assert all((tmp_path / "previous-2" / name).read_bytes() == (finished / name).read_bytes() for name in RUN_FILES)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *(".run.lock", "notes.txt", "previous-1", "previous-2", LAST),
+    }
+
+
+def test_leftovers_go_at_the_next_start(
+    scripts: ScriptServer, small_data: Path, tmp_path: Path, finished: Path
+) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for name in (f"{LAST}.tmp-0123", f"{BEST}.tmp-4", "metrics.csv.tmp-5", ".write-probe.tmp-77"):
+        (tmp_path / name).write_bytes(b"half")
+    scripts.run("main.py", "--resume", "--data-dir", small_data, cwd=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*RUN_FILES, ".run.lock"}
+
+
+def test_atomic_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.pth"
+    files.atomic_write(path, b"old")
+
+    def fails_halfway(file: object) -> None:
+        file.write(b"ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"a.pth: cannot be written: .*; the file that was there is untouched"):
+        files.atomic_write(path, fails_halfway)
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_set_aside_names_what_cannot_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert files.set_aside(tmp_path, [BEST]) is None
+    (tmp_path / BEST).write_bytes(b"1")
+
+    def refuse(*_: object) -> None:
+        raise OSError(13, "Permission denied")
+
+    monkeypatch.setattr(files.os, "replace", refuse)
+    with pytest.raises(UserError, match=rf"{BEST}: cannot be moved to .*: Permission denied"):
+        files.set_aside(tmp_path, [BEST])
+    monkeypatch.undo()
+    files.undo_unfinished_moves(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [BEST]
+
+
+def test_an_unfinished_move_that_cannot_be_undone_is_named(tmp_path: Path) -> None:
+    (tmp_path / "previous-1.part").mkdir()
+    (tmp_path / "previous-1.part" / FINAL).write_bytes(b"old")
+    (tmp_path / FINAL).write_bytes(b"new")
+    with pytest.raises(UserError, match="left by an interrupted move"):
+        files.undo_unfinished_moves(tmp_path)
+    assert (tmp_path / FINAL).read_bytes() == b"new"
+    assert (tmp_path / "previous-1.part" / FINAL).read_bytes() == b"old"
