@@ -130,7 +130,7 @@ def _draw_confusion(axes: object, scores: Scores) -> None:
 
 
 def _draw_samples(axes: object, title: str, samples: list[tuple[int, int]], split: cifar10.Split) -> None:
-    columns, cell_height, cell_width = 8, cifar10.SIDE + 15, cifar10.SIDE + 12
+    columns, cell_height, cell_width = 8, cifar10.SIDE + 16, cifar10.SIDE + 12
     rows = SAMPLES // columns
     sheet = torch.full((rows * cell_height, columns * cell_width, 3), 255, dtype=torch.uint8)
     for place, (index, predicted) in enumerate(samples):
@@ -147,7 +147,7 @@ def _draw_samples(axes: object, title: str, samples: list[tuple[int, int]], spli
             va="top",
             fontsize=9,
             color=colour,
-            linespacing=0.95,
+            linespacing=1.05,
         )
     axes.imshow(sheet.numpy(), interpolation="nearest")
     axes.set_title(title if samples else f"{title}: none", loc="left")
