@@ -124,6 +124,11 @@ def all_ranks(value: Tensor) -> Tensor:
     return torch.stack(values)
 
 
+def barrier() -> None:
+    """Wait until all processes have come here."""
+    any_rank(0)
+
+
 def agree(value: str, what: str) -> None:
     """Raises UserError unless `value` is the same in all processes."""
     own = torch.tensor(list(hashlib.sha256(value.encode()).digest()), dtype=torch.uint8)

@@ -131,6 +131,7 @@ class Run:
         if lock:  # before the checkpoint is read: it may be among what is put back
             remove_leftovers(folder, (*RUN_FILES, cli.PROBE), sole_writer=True)
             undo_unfinished_moves(folder)
+        distributed.barrier()
         resumed = None
         if args.resume is not None:
             resumed = _load_resumable(Path(args.resume) if args.resume else folder / LAST, kind)
