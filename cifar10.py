@@ -41,7 +41,7 @@ import torch.nn.functional as F
 
 from engine import cli
 from engine.cli import UserError
-from engine.files import try_lock, atomic_write
+from engine.files import atomic_write, try_lock
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
