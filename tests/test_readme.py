@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from script_server import ScriptServer
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(?:bash|sh|console)\n(.*?)```", README, re.DOTALL)
@@ -33,9 +34,9 @@ def test_readme_has_the_commands_of_every_script() -> None:
 
 
 @pytest.mark.parametrize("script", sorted({script_and_options(command)[0] for command in COMMANDS}))
-def test_options_in_the_readme_are_in_the_help(script: str, run_script, tmp_path: Path) -> None:
+def test_options_in_the_readme_are_in_the_help(script: str, scripts: ScriptServer, tmp_path: Path) -> None:
     used = {o for command in COMMANDS for s, options in [script_and_options(command)] if s == script for o in options}
-    text = run_script(script, "--help", cwd=tmp_path).stdout
+    text = scripts.run(script, "--help", cwd=tmp_path).output
     missing = [option for option in used if not re.search(rf"{re.escape(option)}\b", text)]
     assert not missing
 
