@@ -28,7 +28,7 @@ from models.binaryconnect import BC, binary_sign
 
 METRICS = "metrics.csv"
 CURVES = "training_curves.png"
-START_PATIENCE, END_PATIENCE = 8.0, 8.0  # seconds that Weights & Biases may cost at the start and at the end
+START_PATIENCE, END_PATIENCE = 9.0, 9.5  # seconds that Weights & Biases may cost at the start and at the end
 WANDB_MODES = ("online", "offline", "disabled")
 
 
@@ -226,9 +226,10 @@ class WandbRun:
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
-            self._say(
-                f"Weights & Biases has not taken everything; upload it with: wandb sync {self._folder}/wandb/*run-*"
-            )
+            where = f"{self._folder}/wandb/*run-*"
+            self._say(f"Weights & Biases has not taken everything; to upload it later: wandb sync {where}")
+            self._end()
+            return
         self._end()
         if not self._online:
             answer = self._answers.get()  # the first: how it began

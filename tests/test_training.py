@@ -210,7 +210,8 @@ def test_the_teacher_is_known_by_its_content(
 
 def run_here(module: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: object) -> None:
     """A script in this process, where its parts can be watched."""
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, options), "--output-dir", str(folder)])
+    arguments = [*map(str, options), "--output-dir", str(folder), "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *arguments])
     module.main()
 
 
