@@ -1,4 +1,4 @@
-"""How fast one binary ResNet classifies, by six ways to run it, measured in one run.
+"""How fast one binary ResNet classifies, by seven ways to run it, measured in one run.
 
     python3 benchmarks/inference.py                    best_model.pth, about three minutes
     python3 benchmarks/inference.py CKPT --threads 1   another checkpoint, on one core
@@ -31,6 +31,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from torch_int8 import TorchInt8Network
+
 import cifar10
 from engine import binarised, checkpoint, cli, onnx_export, runtime
 from engine.checkpoint import BEST, BINARY_1BIT, Checkpoint
@@ -42,6 +44,7 @@ from models.bitpack import pack_model
 BATCHES = (1, 32, 128, 500)
 CALIBRATION_IMAGES = 1000
 CHART = "inference.png"
+TORCH_INT8 = "torch, oneDNN int8"
 
 
 @dataclass
@@ -65,6 +68,7 @@ def write_files(loaded: Checkpoint, model: ResNetS, data: cifar10.Data, folder: 
     names = {
         "torch eager, float32": "binarised.pth",
         "torch, BatchNorm folded": "1bit.pth",
+        TORCH_INT8: "1bit.pth",
         "ONNX Runtime float32": "plain.onnx",
         "ONNX Runtime int8": "plain_int8.onnx",
         "ours, 1-bit ONNX float32": "1bit.onnx",
@@ -116,21 +120,42 @@ def write_plain_onnx(model: ResNetS, images: Tensor, folder: Path) -> None:
         quantize_static(prepared, str(folder / "plain_int8.onnx"), Reader(), per_channel=True, **types)
 
 
-def open_way(way: Way) -> Callable[[Tensor, Tensor], object]:
-    """A function of pixels uint8 (N, 32, 32, 3) and the same images normalised that computes the logits."""
+def open_way(way: Way, images: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of pixels uint8 (N, 32, 32, 3) and the same images normalised that computes the logits.
+
+    images: normalised training images, for the ranges of torch's int8 convolutions.
+    """
     if way.file.name.startswith("1bit") and way.file.suffix == ".onnx":
         network = onnx_export.OnnxNetwork(way.file)
         return lambda pixels, _normalised: network(pixels)
     if way.file.suffix == ".onnx":
         session = onnx_export.start_session(way.file.read_bytes())
         return lambda _pixels, normalised: torch.from_numpy(session.run(None, {"images": normalised.numpy()})[0])
-    model = checkpoint.load(way.file).model().to(memory_format=torch.channels_last)
+    loaded = checkpoint.load(way.file)
+    model = loaded.model().to(memory_format=torch.channels_last)
+    if way.name == TORCH_INT8:
+        model = TorchInt8Network(loaded.model(fold=False), model, images)
 
     def run(_pixels: Tensor, normalised: Tensor) -> Tensor:
         with torch.inference_mode():
             return model(normalised)
 
     return run
+
+
+def open_ways(ways: list[Way], images: Tensor) -> tuple[list[Way], list[Callable]]:
+    """The ways that run here, and how. torch's int8 convolutions are in builds for x86 only, and not in every one."""
+    opened = []
+    for way in ways:
+        try:
+            run = open_way(way, images)
+            run(torch.zeros(1, 32, 32, 3, dtype=torch.uint8), plain(images[:1], way))
+            opened.append((way, run))
+        except (AttributeError, NotImplementedError, RuntimeError) as error:
+            if way.name != TORCH_INT8:
+                raise
+            print(f"{way.name}: not in this torch ({cli.reason(error)})")
+    return [way for way, _ in opened], [run for _, run in opened]
 
 
 def peak_memory(way: Way, threads: int, pixels: Tensor) -> float | None:
@@ -141,11 +166,12 @@ def peak_memory(way: Way, threads: int, pixels: Tensor) -> float | None:
     torch.set_num_threads(threads)
     import onnxruntime  # noqa: F401 - among the imports of every way, so that they compare
 
-    normalised = plain(cifar10.normalise(pixels), way)
+    images = cifar10.normalise(pixels)
+    normalised = plain(images, way)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use (man 5 proc)
         before = _status_bytes("VmHWM")
-        run = open_way(way)
+        run = open_way(way, images)
         for _ in range(2):
             run(pixels, normalised)
         return (_status_bytes("VmHWM") - before) / 1e6
@@ -224,7 +250,7 @@ def draw_chart(path: Path, ways: list[Way], title: str) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = cli.ArgumentParser("Measure how fast a binary ResNet classifies, by six ways to run it, on the CPU.")
+    parser = cli.ArgumentParser("Measure how fast a binary ResNet classifies, by seven ways to run it, on the CPU.")
     parser.add_argument(
         "checkpoint", nargs="?", type=Path, default=Path(BEST), metavar="CKPT", help="latent or binarised weights"
     )
@@ -252,8 +278,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         ways = write_files(loaded, model, data, Path(folder))
-        runs = [open_way(way) for way in ways]
-        pixels = data.train.images[: max(BATCHES)]
+        pixels = data.train.images[torch.arange(max(BATCHES)) % len(data.train)]
+        ways, runs = open_ways(ways, cifar10.normalise(pixels))
         steps = args.rounds * len(ways) * len(BATCHES) + 2 * len(ways)
         with tqdm(total=steps, unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
             for way, run in zip(ways, runs, strict=True):
