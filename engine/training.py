@@ -409,7 +409,7 @@ class Trainer:
         flips = f"  flips {row['flipped']:.1f}%" if "flipped" in row else ""
         return (
             f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['train_loss']:.3f}  "
-            f"train {row['train_accuracy']:.2f}%  {where} {row[f'{where}_accuracy']:.2f}%{flips}  {left} left"
+            f"train {row['train_accuracy']:.1f}%  {where} {row[f'{where}_accuracy']:.2f}%{flips}  {left} left"
         )
 
     def write_records(self, *, always: bool = False) -> None:
