@@ -317,7 +317,7 @@ class Trainer:
             desc=f"epoch {self.epoch + 1}/{self.run.args.epochs}",
             leave=False,
             disable=not (sys.stderr.isatty() and distributed.is_writer()),
-            bar_format="{desc} |{bar}| {postfix}",
+            bar_format="{desc} |{bar}|",
             dynamic_ncols=True,
         )
 
@@ -326,8 +326,9 @@ class Trainer:
         if not math.isfinite(loss):
             self._diverged()
         self._speed = count * distributed.world_size() / max(self.seconds, 1e-9)
-        bar.set_postfix_str(
-            f"loss {loss:.3f}  acc {accuracy:.1f}%  {self._speed:,.0f} images/s  {self._time_left()} left"
+        bar.set_description_str(
+            f"epoch {self.epoch + 1}/{self.run.args.epochs}  loss {loss:.3f}  acc {accuracy:.1f}%  "
+            f"{self._speed:,.0f} images/s  {self._time_left()} left"
         )
 
     @staticmethod

@@ -202,7 +202,7 @@ MOMENTS = [
 ]
 
 
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
 def test_signals_at_many_moments(
     scripts: ScriptServer,
     small_data: Path,
@@ -260,7 +260,9 @@ def test_a_second_signal_does_not_wait_for_the_step(monkeypatch: pytest.MonkeyPa
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.full)]
+)
 def test_signals_to_the_command_itself(
     child_environment: dict[str, str], small_data: Path, tmp_path: Path, number: int, status: int
 ) -> None:
