@@ -1,0 +1,44 @@
+"""benchmarks/train_throughput.py in its quick form, and the count of operations behind its limit."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from models import build
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_quick_form(
+    tmp_path: Path, small_data: Path, run_script: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    script = "benchmarks/train_throughput.py"
+    done = run_script(script, "--quick", "--batch-size", 25, "--workers", 1, "--data-dir", small_data, cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert max(len(line) for line in lines if str(tmp_path) not in line and str(small_data) not in line) <= 80
+    for name in ("textbook loop", "float, float32, eager", "BinaryConnect, bfloat16, eager"):
+        speeds, shares = (line.removeprefix(name).split() for line in lines if line.startswith(f"{name}  "))
+        middle, lowest, highest = (float(figure.replace(",", "")) for figure in speeds[:3])
+        assert 0 < lowest <= middle <= highest
+        assert sum(map(float, shares)) == pytest.approx(100, abs=0.5)
+        assert min(map(float, shares)) >= 0
+        assert (float(shares[1]) > 0) == name.startswith("BinaryConnect")
+    assert (tmp_path / "train_throughput.png").stat().st_size > 5000
+
+
+def test_operations_of_a_training_step() -> None:
+    """He et al. 2015, table 6 counts no operations; by hand: forward 40.55 million multiplications, backward twice
+    as many but for the first layer's input."""
+    spec = importlib.util.spec_from_file_location("train_throughput", ROOT / "benchmarks" / "train_throughput.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    first = 3 * 9 * 16 * 32 * 32
+    stages = [(16, 16, 32, 6), (32, 32, 16, 5), (64, 64, 8, 5)]  # inputs, outputs, side, convolutions
+    forward = first + sum(i * 9 * o * side * side * count for i, o, side, count in stages)
+    forward += 16 * 9 * 32 * 16 * 16 + 32 * 9 * 64 * 8 * 8 + 64 * 10  # the two that halve the image; the classifier
+    assert module.training_flops(build("resnet20")) == 2 * (3 * forward - first)
