@@ -191,10 +191,10 @@ MOMENTS = [
     ("models.binaryconnect.BC.restore", 2),  # weights are binary at this moment
     ("engine.training.Trainer.finish_epoch", 1),
     ("torch.bincount", 1),  # while scoring
-    ("half-written", 1),
+    ("half-written", 1),  # best_model.pth
+    ("models.binaryconnect.BC.clip", 4),  # in the middle of the second epoch
     ("engine.training.write_metrics", 1),
     ("replace", 2),
-    ("models.binaryconnect.BC.clip", 4),
     ("engine.training.Trainer.finish", 1),
     ("replace", 1),
     ("torch.bincount", 1),
