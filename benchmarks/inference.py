@@ -5,7 +5,7 @@
 
 Prints images per second, the latency of single images, peak memory, file size and accuracy of each way, and saves a
 bar chart, inference.png. The ways take turns within each round, so that whatever else the machine does meets all of
-them; given is the median over the rounds. torch and the plain ONNX files get images that are normalised already, our
+them; given is the speed of the median call. torch and the plain ONNX files get images that are normalised already, our
 ONNX files the pixels, which they normalise themselves. Needs requirements-onnx.txt.
 """
 
@@ -54,13 +54,12 @@ class Way:
     name: str
     file: Path
     seconds: dict[int, list[float]] = field(default_factory=lambda: {batch: [] for batch in BATCHES})  # of each call
-    rates: dict[int, list[float]] = field(default_factory=lambda: {batch: [] for batch in BATCHES})  # of each round
     accuracy: float = 0.0
     memory: float | None = None  # MB
 
     def rate(self, batch: int) -> float:
-        """Images per second, the median over the rounds."""
-        return float(np.median(self.rates[batch]))
+        """Images per second of the median call over all rounds."""
+        return batch / float(np.median(self.seconds[batch]))
 
 
 def write_files(loaded: Checkpoint, model: ResNetS, data: cifar10.Data, folder: Path) -> list[Way]:
@@ -203,7 +202,6 @@ def time_round(ways: list[Way], runs: list[Callable], pixels: Tensor, seconds: f
                 run(*inputs)
                 calls.append(time.perf_counter() - started)
             way.seconds[batch] += calls
-            way.rates[batch].append(batch * len(calls) / sum(calls))
             bar.update()
 
 
