@@ -5,8 +5,8 @@
 
 Prints images per second, the latency of single images, peak memory, file size and accuracy of each way, and saves a
 bar chart, inference.png. The ways take turns within each round, so that whatever else the machine does meets all of
-them; given is the speed of the median call. torch and the plain ONNX files get images that are normalised already, our
-ONNX files the pixels, which they normalise themselves. Needs requirements-onnx.txt.
+them; given is the speed of the median call. torch and the plain ONNX files get images that are normalised already,
+our ONNX files the pixels, which they normalise themselves. Needs requirements-onnx.txt.
 """
 
 from __future__ import annotations
@@ -215,11 +215,11 @@ def score(run: Callable, test: cifar10.Split, way: Way) -> float:
 
 def print_tables(ways: list[Way]) -> None:
     print(
-        f"\n{'images/s at batch':<26}" + "".join(f"{batch:>10}" for batch in BATCHES) + f"{'x at 1':>9}{'x at 32':>9}"
+        f"\n{'images/s at batch':<26}" + "".join(f"{batch:>9}" for batch in BATCHES) + f"{'x at 1':>9}{'x at 32':>9}"
     )
     for way in ways:
         gains = "".join(f"{way.rate(batch) / ways[0].rate(batch):>9.2f}" for batch in (1, 32))
-        print(f"{way.name:<26}" + "".join(f"{way.rate(batch):>10,.0f}" for batch in BATCHES) + gains)
+        print(f"{way.name:<26}" + "".join(f"{way.rate(batch):>9,.0f}" for batch in BATCHES) + gains)
     print(f"\n{'':<26}{'latency of one image, ms':^24}{'memory':>9}{'file':>10}{'test':>9}")
     print(f"{'':<26}{'median':>12}{'95 % below':>12}{'MB':>9}{'kB':>10}{'%':>9}")
     for way in ways:
