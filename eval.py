@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import cifar10
 from engine import checkpoint, cli, report, runtime
-from engine.checkpoint import BEST, Checkpoint
+from engine.checkpoint import BEST
 from engine.cli import UserError
 from engine.evaluate import Scores, evaluate
 from engine.files import atomic_write
@@ -157,17 +157,6 @@ def _draw_samples(axes: object, title: str, samples: list[tuple[int, int]], spli
 # -- the script ----------------------------------------------------------------------------------------------
 
 
-def score(
-    loaded: Checkpoint, model: nn.Module, split: cifar10.Split, batch_size: int, device: torch.device
-) -> Scores:
-    """Score the network. Raises UserError naming the checkpoint where the network's outputs are NaN."""
-    batches = cifar10.eval_batches(split, batch_size, device)
-    try:
-        return evaluate(model, batches, len(split), logit_scale=loaded.logit_scale, progress="test")
-    except ValueError as error:
-        raise UserError(f"{loaded.path}: {error}; the checkpoint is of no use") from error
-
-
 def main() -> None:
     args = make_parser().parse_args()
     device = cli.select_device(args.device, args.threads)
@@ -180,7 +169,10 @@ def main() -> None:
     if loaded.kind == "latent":
         print(LATENT_NOTE)
     model = loaded.model().to(device, memory_format=torch.channels_last)
-    scores = score(loaded, model, data.test, args.batch_size, device)
+    batches = cifar10.eval_batches(data.test, args.batch_size, device)
+    scores = evaluate(
+        model, batches, len(data.test), logit_scale=loaded.logit_scale, progress="test", path=loaded.path
+    )
     print_scores(scores, data, loaded.logit_scale)
     if args.plot:
         samples = sample_predictions(model, data.test, args.batch_size, device)

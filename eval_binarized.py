@@ -73,7 +73,9 @@ def main() -> None:
     verify(model)
     placed = model.to(device, memory_format=torch.channels_last)
     batches = cifar10.eval_batches(data.test, args.batch_size, device)
-    scores = evaluate(placed, batches, len(data.test), logit_scale=loaded.logit_scale, progress="test")
+    scores = evaluate(
+        placed, batches, len(data.test), logit_scale=loaded.logit_scale, progress="test", path=loaded.path
+    )
     print(f"Scored on {data.scored_on}")
     print(scores.accuracy_line())
 

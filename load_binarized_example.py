@@ -64,7 +64,7 @@ def main() -> None:
     for number, (label, guess) in enumerate(zip(labels.tolist(), predicted.tolist(), strict=True)):
         print(f"  test image {number}: {cifar10.CLASSES[label]:<10}  classified as {cifar10.CLASSES[guess]}")
 
-    print(evaluate(model, batches(test), len(test), progress="test").accuracy_line())
+    print(evaluate(model, batches(test), len(test), progress="test", path=args.checkpoint).accuracy_line())
 
 
 if __name__ == "__main__":

@@ -65,7 +65,9 @@ def onnx_path(text: str) -> Path:
     return Path(text)
 
 
-def score(model: nn.Module, data: cifar10.Data, batch_size: int, device: torch.device) -> tuple[Scores, Tensor]:
+def score(
+    model: nn.Module, data: cifar10.Data, batch_size: int, device: torch.device, path: Path | None = None
+) -> tuple[Scores, Tensor]:
     """Scores on the test images, printed, and the logits, float32 (images, 10) on the CPU."""
     test, logits = data.test, []
     if isinstance(model, onnx_export.OnnxNetwork):
@@ -75,7 +77,7 @@ def score(model: nn.Module, data: cifar10.Data, batch_size: int, device: torch.d
     torch.backends.cudnn.allow_tf32 = False  # its 10-bit products would hide what is compared here
     placed = model.to(device, memory_format=torch.channels_last)
     handle = placed.register_forward_hook(lambda _module, _inputs, output: logits.append(output.float().cpu()))
-    scores = evaluate(placed, batches, len(test), progress="test")
+    scores = evaluate(placed, batches, len(test), progress="test", path=path)
     handle.remove()
     print(scores.accuracy_line())
     return scores, torch.cat(logits)
@@ -196,7 +198,7 @@ def main() -> None:
     print(f"{args.checkpoint}: {loaded.arch}, {loaded.kind} weights")
     model = binarised.binarised_model(loaded)
     print(f"Binarised, scored on {data.scored_on}:")
-    scores, logits = score(model, data, args.batch_size, device)
+    scores, logits = score(model, data, args.batch_size, device, loaded.path)
     content = pack(loaded, model, scores, keep_batchnorm=args.keep_batchnorm)
     path = folder / PACKED
     packed = checkpoint.load(path, content)  # as it will be in the file, before the file is there

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine import distributed
+from engine.cli import UserError
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def evaluate(
     logit_scale: float = 1.0,
     classes: int = 10,
     progress: str = "",
+    path: Path | None = None,
 ) -> Scores:
     """Score `model`, in evaluation mode and float32, on (images, labels) batches that hold `images` images in all.
 
@@ -61,7 +64,9 @@ def evaluate(
     the writer's BatchNorm statistics: those are saved with the network.
     logit_scale: multiplies the logits in the loss; predictions do not depend on it.
     progress: the label of a progress bar, shown on a terminal only.
-    Raises RuntimeError where the batches did not hold exactly that many images, ValueError for NaN logits.
+    path: the checkpoint that the network is from.
+    Raises RuntimeError where the batches did not hold exactly that many images; for NaN logits UserError naming
+    `path`, ValueError without one.
     """
     was_training = model.training
     model.eval()
@@ -91,5 +96,6 @@ def evaluate(
     if int(confusion.sum()) != images:
         raise RuntimeError(f"{int(confusion.sum())} of {images} images were scored")
     if loss != loss:
-        raise ValueError("the network's outputs are NaN")
+        problem = "the network's outputs are NaN"
+        raise UserError(f"{path}: {problem}; the checkpoint is of no use") if path else ValueError(problem)
     return Scores(loss, confusion, time.perf_counter() - started)

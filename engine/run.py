@@ -231,7 +231,7 @@ def _load_resumable(path: Path, kind: str) -> checkpoints.Checkpoint:
     if loaded.kind != kind:
         other = {"float": "main.py", "latent": "main_binary.py"}.get(loaded.kind, "another script")
         raise UserError(f"{path}: its weights are {loaded.kind!r}: it is a run of {other}; resume it with that")
-    if training.get("precision") not in runtime.PRECISIONS or not isinstance(training.get("compiled"), bool):
+    if training.get("precision") not in list(runtime.PRECISIONS) or not isinstance(training.get("compiled"), bool):
         raise UserError(f"{path}: does not say in which precision and mode it was run; use another copy")
     return loaded
 
@@ -240,6 +240,9 @@ def _adopt_options(
     parser: cli.ArgumentParser, args: argparse.Namespace, given: set[str], resumed: checkpoints.Checkpoint
 ) -> None:
     """Take the options of the run that is resumed. Raises UserError for one given now that contradicts it."""
+    unknown = [name for name in resumed.config if name in FREE_OPTIONS or name not in vars(args)]
+    if unknown:
+        raise UserError(f"{resumed.path}: its options are not those of this script: {unknown[0]!r} is none")
     try:
         before = parser.parse_args(_as_arguments(resumed.config, parser))  # holds them to the same rules
     except UserError as error:

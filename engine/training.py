@@ -28,6 +28,7 @@ from engine.cli import Interrupted, UserError, reason
 from engine.evaluate import Scores
 from engine.run import Run, plain_options
 from engine.tracking import END_PATIENCE, WandbRun, draw_curves, write_metrics
+from engine.training_state import check_training_state
 
 EVAL_BATCH = 500  # images per batch when scoring; any size gives the same figures but for rounding
 _LOOK_SECONDS = 0.5  # how often the numbers are fetched from the device for the progress bar
@@ -192,6 +193,15 @@ class Trainer:
                 f"{resumed.path}: is a run of {len(totals)} processes, resumed by {distributed.world_size()}; start "
                 "as many (the result depends on it: BatchNorm statistics are each process's own)"
             )
+        check_training_state(
+            state | {"totals": totals},
+            self.training_state(distributed.all_ranks(self.totals)),
+            self.model,
+            self.optimizers,
+            epochs=self.run.args.epochs,
+            steps_per_epoch=self.loader.steps_per_epoch,
+            accuracy=f"{self.chosen_on}_accuracy",
+        )
         self.model.load_state_dict(resumed.state_dict)
         for mine, saved in zip(self.optimizers, state["optimizers"], strict=True):
             mine.load_state_dict(saved)
