@@ -60,7 +60,7 @@ def train(run: Run) -> None:
     torch.manual_seed(args.seed)
     model = run.place(build(args.arch))
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay
+        model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=True
     )
     network = run.wrap(model, len(data.train))
 

@@ -98,12 +98,21 @@ def make_optimizers(args: object, bc: BC) -> list[Optimizer]:
     others = [p for p in bc.model.parameters() if id(p) not in ours]
     group = {"params": latent, "name": "latent_lr"}
     if args.optimizer == "adam":
-        first: Optimizer = torch.optim.Adam([group], lr=args.latent_lr, weight_decay=args.latent_weight_decay)
+        first: Optimizer = torch.optim.Adam(
+            [group], lr=args.latent_lr, weight_decay=args.latent_weight_decay, fused=True
+        )
     else:
         first = torch.optim.SGD(
-            [group], lr=args.latent_lr, momentum=0.9, nesterov=True, weight_decay=args.latent_weight_decay
+            [group],
+            lr=args.latent_lr,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=args.latent_weight_decay,
+            fused=True,
         )
-    second = torch.optim.SGD(others, lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+    second = torch.optim.SGD(
+        others, lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=True
+    )
     return [first, second]
 
 

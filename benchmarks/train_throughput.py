@@ -185,7 +185,7 @@ class Ours(Contender):
         model = run.place(build(run.args.arch))
         args = run.args
         optimizer = torch.optim.SGD(
-            model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay
+            model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=True
         )
         network = self.timed("forward", run.wrap(model, images))
         return model, [optimizer], float_script.make_train_step(run, network, optimizer, args.label_smoothing), None
@@ -330,8 +330,8 @@ def make_parser() -> cli.ArgumentParser:
     group.add_argument("--batch-size", type=cli.integer(1), default=128, help="images per batch")
     group.add_argument("--threads", type=cli.integer(1), metavar="N", help="CPU threads (default: torch's choice)")
     group.add_argument("--workers", type=cli.integer(0), default=2, help="of the textbook loop's DataLoader")
-    group.add_argument("--rounds", type=cli.integer(1), default=7, help="turns that each contender gets")
-    group.add_argument("--steps", type=cli.integer(1), default=12, help="timed steps in a turn")
+    group.add_argument("--rounds", type=cli.integer(1), default=5, help="turns that each contender gets")
+    group.add_argument("--steps", type=cli.integer(1), default=10, help="timed steps in a turn")
     group.add_argument("--quick", action="store_true", help="2 turns of 2 steps, not compiled")
     return parser
 
