@@ -112,6 +112,8 @@ class ScriptServer:
         self._count += 1
         folder = self._folder / str(self._count)
         folder.mkdir()
+        for name in ("stdout", "stderr"):
+            (folder / name).touch()
         request = {
             "script": script,
             "arguments": list(map(str, arguments)),
@@ -274,7 +276,7 @@ FILE_OPERATIONS = ("file operation", "half-written", "replace", "fsync", "rename
 def _opening_half_written(original: Callable[..., Any], occurred: Callable[[], None]) -> Callable[..., Any]:
     def replacement(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         opened = original(file, mode, *args, **kwargs)
-        if mode != "xb":
+        if mode not in ("xb", "wb"):
             return opened
         write = opened.write
 

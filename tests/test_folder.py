@@ -83,7 +83,7 @@ def test_a_folder_that_vanishes(scripts: ScriptServer, small_data: Path, tmp_pat
     folder = tmp_path / "out"
     options = [*small_options(small_data, epochs=500), "--output-dir", folder]
     child = scripts.start("main.py", *options, cwd=tmp_path)
-    child.wait_until(lambda: "\nepoch " in child.output)
+    assert child.wait_until(lambda: "\nepoch" in child.output)
     shutil.rmtree(folder, ignore_errors=True)
     assert child.wait() == 2, child.errors
     assert "cannot be written: No such file or directory" in one_line(child.errors)
@@ -91,7 +91,7 @@ def test_a_folder_that_vanishes(scripts: ScriptServer, small_data: Path, tmp_pat
 
 def test_two_runs_in_one_folder(scripts: ScriptServer, small_data: Path, tmp_path: Path) -> None:
     first = scripts.start("main.py", *small_options(small_data, epochs=500), cwd=tmp_path)
-    first.wait_until(lambda: "\nepoch 1/" in first.output)
+    assert first.wait_until(lambda: "\nepoch" in first.output)
     for options in (small_options(small_data), ["--resume"]):
         second = scripts.run("main_binary.py", *options, "--data-dir", "none", cwd=tmp_path, expect=2)
         error = one_line(second.errors)
