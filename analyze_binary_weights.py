@@ -4,7 +4,7 @@
     python3 analyze_binary_weights.py best_model_binarized.pth   another one, 1-bit files too
 
 Only the weights of convolutions and of the classifier count: they are what BinaryConnect makes binary.
-Writes weight_histograms.png, a histogram per layer and one of all. Needs no data.
+Writes best_model_histograms.png, named after the checkpoint: a histogram per layer and one of all. Needs no data.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from engine.report import fixed, share
 from models import ResNetS
 from models.bitpack import information_bytes
 from models.resnet_s import weight_layers
-
-HISTOGRAMS = "weight_histograms.png"
 
 
 @dataclass(frozen=True)
@@ -242,8 +240,9 @@ def analyse(loaded: Checkpoint, folder: Path) -> None:
     print("\n".join(verdict(total, loaded.kind)))
     clipped = total.in_range == total.count and loaded.kind not in ("float", "unknown")
     title = f"{loaded.path.name}: {loaded.arch}, {report.KIND_WORDS[loaded.kind]}"
-    draw(folder / HISTOGRAMS, title, layers, weights, clipped=clipped)
-    print(f"\nSaved the histograms: {folder / HISTOGRAMS}")
+    picture = folder / f"{loaded.path.stem}_histograms.png"
+    draw(picture, title, layers, weights, clipped=clipped)
+    print(f"\nSaved the histograms: {picture}")
 
 
 def main() -> None:

@@ -30,7 +30,10 @@ def load_binary_network(path: Path) -> ResNetS:
     """The network of a binarised or 1-bit file: its weights verified, then its normalisation folded for speed."""
     loaded = checkpoint.load(path)
     if loaded.kind not in ("binary", checkpoint.BINARY_1BIT):
-        raise UserError(f"{path}: its weights are {loaded.kind}, not binary; binarise it with eval_binarized.py")
+        advice = (
+            "binarise it with eval_binarized.py" if loaded.kind == "latent" else "train with main_binary.py first"
+        )
+        raise UserError(f"{path}: its weights are {loaded.kind}, not binary; {advice}")
     model = loaded.model(fold=False)  # the weights are still -1 and +1
     layers = weight_layers(model)
     if not all(is_binary(layer.weight) for _, layer in layers):

@@ -109,7 +109,7 @@ def prove_same_logits(expected: Tensor, found: Tensor) -> None:
     print(f"✓ Same predictions on {same:,} of {len(expected):,} images")
     if other_class.any():
         print("  (in the others the two best logits are equal to rounding)")
-    print(f"✓ Logits agree: max |difference| {difference:.1e}, max |logit| {float(expected.abs().max()):.1f}")
+    print(f"✓ Logits agree: max |difference| {difference:.1e}, max |logit| {float(expected.abs().max()):.3g}")
 
 
 def pack(loaded: Checkpoint, model: ResNetS, scores: Scores, *, keep_batchnorm: bool) -> bytes:

@@ -93,8 +93,9 @@ def test_the_report_on_latent_weights(tmp_path: Path, run_script: Callable) -> N
     assert re.search(r"in float32 +1,084,392 +44,590 +24\.32x$", printed, re.M)
     assert re.search(r"BatchNorm folded +1,078,888 +39,086 +27\.60x$", printed, re.M)
     assert max(map(len, printed.splitlines())) <= 80
-    assert [path.name for path in (tmp_path / "new").iterdir()] == [analyse.HISTOGRAMS]
-    picture = (tmp_path / "new" / analyse.HISTOGRAMS).read_bytes()
+    (saved,) = (tmp_path / "new").iterdir()
+    assert saved.name.endswith("_histograms.png")
+    picture = saved.read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
     assert picture.endswith(b"IEND\xaeB`\x82")
 
