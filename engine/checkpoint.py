@@ -165,6 +165,8 @@ def read(path: Path, content: bytes | None = None) -> tuple[Any, str]:
     except untrusted.Refused as error:
         raise UserError(f"{path}: refused: {error}; use another copy or make it again") from error
     except Exception as error:  # the readers that torch.load consists of raise whatever a damaged file leads them to
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise UserError(f"{path}: needs more memory than there is; close other programs") from error
         raise UserError(
             f"{path}: truncated, damaged or not a checkpoint; use another copy or make it again"
         ) from error

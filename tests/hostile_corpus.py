@@ -850,7 +850,7 @@ def training() -> Iterator[Case]:
     yield _bytes("training", "moments that are NaN", _nan_moments)
 
 
-# Of the strange values these are right: nothing is watched in full precision, and three sums are those of one process.
+# Of the strange values these are right: full precision watches nothing, and three sums are those of one process.
 RIGHT_STATES = {("watch", 4), ("totals", 7)}
 
 

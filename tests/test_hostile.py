@@ -166,6 +166,8 @@ class Trial:
             problems.append(f"{errors.count(chr(10))} lines on stderr")
         if str(path) not in errors:
             problems.append("the file is not named")
+        if "more memory than there is" in errors:
+            problems.append("it was the limit that stopped it")
         return problems
 
     def report(self) -> None:
