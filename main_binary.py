@@ -53,7 +53,9 @@ def make_parser() -> cli.ArgumentParser:
     )
     group.add_argument("--init", type=Path, metavar="CKPT", help="start from these weights, clipped to [-1, 1]")
     group.add_argument("--teacher", type=Path, metavar="CKPT", help="distil from this full-precision checkpoint")
-    group.add_argument("--temperature", type=cli.number(0, above=True), default=4.0, help="of the distillation")
+    group.add_argument(
+        "--temperature", type=cli.number(0, above=True), default=4.0, help="softens both outputs in the distillation"
+    )
     group.add_argument(
         "--teacher-weight",
         type=cli.number(0, maximum=1),

@@ -39,7 +39,12 @@ def add_training_options(parser: cli.ArgumentParser, *, lr: float, weight_decay:
     model.add_argument("--epochs", type=cli.integer(1), default=150, help="passes over the training set")
     model.add_argument("--lr", type=cli.number(0), default=lr, help="peak learning rate")
     model.add_argument("--weight-decay", type=cli.number(0), default=weight_decay, help="L2 penalty")
-    model.add_argument("--label-smoothing", type=cli.number(0, maximum=1), default=0.1, help="label smoothing")
+    model.add_argument(
+        "--label-smoothing",
+        type=cli.number(0, maximum=1),
+        default=0.1,
+        help="share of a target given to all classes alike",
+    )
     model.add_argument(
         "--warmup-epochs",
         type=cli.number(0),
@@ -54,7 +59,7 @@ def add_training_options(parser: cli.ArgumentParser, *, lr: float, weight_decay:
         type=cli.integer(0, maximum=49_990),  # of 50,000; one of each class must be left
         default=0,
         metavar="N",
-        help="hold out N training images, choose on them",
+        help="hold out N training images and choose the best epoch on them",
     )
     data.add_argument("--limit-train", type=cli.integer(2), metavar="N", help="train on N images only")
     run = parser.add_argument_group("run")
@@ -76,7 +81,7 @@ def add_training_options(parser: cli.ArgumentParser, *, lr: float, weight_decay:
         "--precision",
         choices=("auto", *runtime.PRECISIONS),
         default="auto",
-        help="of the convolutions in training; auto: bfloat16 or float16 where the hardware has units for it",
+        help="number format of the convolutions in training; auto: bfloat16 or float16 where the hardware has units for it",
     )
     run.add_argument(
         "--wandb",
