@@ -81,7 +81,7 @@ def add_training_options(parser: cli.ArgumentParser, *, lr: float, weight_decay:
         "--precision",
         choices=("auto", *runtime.PRECISIONS),
         default="auto",
-        help="number format of the convolutions in training; auto: bfloat16 or float16 where the hardware has units for it",
+        help="format of convolutions in training; auto: bfloat16 or float16 where the hardware has units for it",
     )
     run.add_argument(
         "--wandb",
