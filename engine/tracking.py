@@ -241,13 +241,10 @@ class WandbRun:
         process, self._process = self._process, None
         if process is None:
             return
-        try:
-            if os.name == "posix":
+        if os.name == "posix":
+            with contextlib.suppress(OSError):  # all of them have ended
                 os.killpg(process.pid, signal.SIGKILL)
-            else:
-                process.kill()
-        except OSError:
-            pass  # it has ended
+        process.kill()
         process.wait()
 
 

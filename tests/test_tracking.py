@@ -186,6 +186,7 @@ def test_what_a_wandb_that_hangs_costs(
     started = time.monotonic()
     run = tracking.WandbRun("online", tmp_path, name="n", config={}, run_id="abc", say=said.append)
     assert time.monotonic() - started < 6
+    assert os.getsid(run._process.pid) != os.getsid(0)  # Ctrl-C does not reach it
     started = time.monotonic()
     for epoch in range(1, 5000):  # more than a pipe holds
         run.log(row(epoch))
