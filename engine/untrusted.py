@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 _MOST_OPERATIONS = 1_000_000  # of the pickles in one file; the largest checkpoint of ours has some 40,000
-_MOST_OBJECTS = 50_000  # tensors, dictionaries with attributes and the like
 _MOST_PARTS = 50_000  # of the archive
 _MOST_VALUES = 200_000  # lists that share or hold themselves stand for endlessly many
 _DEEPEST = 50
@@ -106,10 +105,7 @@ class _Anything:
 
 
 class _Dictionary(dict):
-    """Stands for an OrderedDict, which torch.save writes as an empty one that is then filled."""
-
-    def __init__(self) -> None:
-        super().__init__()
+    """Stands for an OrderedDict while rehearsing: unlike a plain dictionary it can be given attributes."""
 
 
 class _Rehearsal(pickle.Unpickler):
@@ -127,18 +123,19 @@ class _Rehearsal(pickle.Unpickler):
 
     def __init__(self, data: bytes, parts: dict[str, int] | None, limit: int) -> None:
         super().__init__(io.BytesIO(data))
-        self._parts, self._limit, self._objects, self._copied = parts, limit, 0, 0
+        self._parts, self._limit, self._copied = parts, limit, 0
 
     def find_class(self, module: str, name: str) -> Any:
+        """A stand-in for a name: never a class, whose attributes a pickle could change."""
         known = {
             "collections.OrderedDict": self._dictionary,
             "torch._utils._rebuild_tensor": self._tensor,
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_tensor_v3": self._tensor,
-            "torch._utils._rebuild_parameter": self._parameter,
+            "torch._utils._rebuild_parameter": self._anything,
             "torch.Size": self._size,
-            "torch.device": self._device,
-            "builtins.complex": self._complex,
+            "torch.device": self._anything,
+            "builtins.complex": self._anything,
             "builtins.set": self._copy,
             "builtins.bytearray": self._copy,
             "_codecs.encode": self._copy,  # bytes, as Python 3 writes them for Python 2
@@ -164,36 +161,24 @@ class _Rehearsal(pickle.Unpickler):
         known = self._limit if self._parts is None else self._parts.get(f"data/{key}".lower(), -1)
         if count * size > known or (self._parts is not None and count * size != known):
             raise Refused("it holds a tensor whose storage has another size than the file declares")
-        return self._object()
-
-    def _object(self) -> _Anything:
-        self._objects += 1
-        if self._objects > _MOST_OBJECTS:
-            raise Refused("it holds too many values for a checkpoint")
         return _Anything()
 
     def _dictionary(self) -> _Dictionary:
-        self._object()
+        """Without arguments, as torch.save has it: one could be copied a million times."""
         return _Dictionary()
+
+    def _anything(self, *_: object) -> _Anything:
+        return _Anything()
 
     def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> _Anything:
         if not isinstance(storage, _Anything) or len(size) > _MOST_DIMENSIONS:
             raise Refused("it holds a tensor with no proper storage or shape")
-        return self._object()
-
-    def _parameter(self, data: Any, *_: object) -> _Anything:
-        return self._object()
+        return _Anything()
 
     def _size(self, values: Any = ()) -> tuple:
         if len(values) > _MOST_DIMENSIONS:
             raise Refused("it holds a shape of too many dimensions")
         return tuple(values)
-
-    def _device(self, *_: object) -> _Anything:
-        return self._object()
-
-    def _complex(self, *_: object) -> _Anything:
-        return self._object()
 
     def _copy(self, values: Any, encoding: str = "latin1") -> Any:
         """Bytes or a set, made of a string or a list that may serve many times."""

@@ -14,6 +14,7 @@ import socket
 import struct
 import tarfile
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from engine import checkpoint
 
 CANARY = "code-was-run"
+STORAGE = b"<the end of a storage>"  # replaced by what each format has there
 MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how a file of torch.save before 1.6 begins
 
 
@@ -281,7 +283,7 @@ def archive(parts: dict[str, bytes], *, folder: str = "archive/", version: bool 
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", **options) as file:
         for name, data in parts.items():
-            file.writestr(folder + name, data)
+            file.writestr(folder + name, data.replace(STORAGE, b"tQ"))
         if version:
             file.writestr(f"{folder}byteorder", b"little")
             file.writestr(f"{folder}version", b"3\n")
@@ -291,6 +293,7 @@ def archive(parts: dict[str, bytes], *, folder: str = "archive/", version: bool 
 def legacy(data: bytes) -> bytes:
     """A pickle as the third object of a file before 1.6."""
     system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+    data = data.replace(STORAGE, b"NtQ")  # a view of a part of it
     return MAGIC + pickle.dumps(1001, 2) + pickle.dumps(system, 2) + data + pickle.dumps([], 2)
 
 
@@ -315,7 +318,7 @@ def call(module: str, attribute: str, *arguments: bytes) -> bytes:
 
 
 def storage(count: int, key: str = "0", kind: str = "FloatStorage") -> bytes:
-    return b"(" + text("storage") + name("torch", kind) + text(key) + text("cpu") + whole(count) + b"tQ"
+    return b"(" + text("storage") + name("torch", kind) + text(key) + text("cpu") + whole(count) + STORAGE
 
 
 def tensor(count: int, size: list[int], stride: list[int], offset: int = 0, **more: Any) -> bytes:
@@ -334,7 +337,7 @@ def pickled(value: bytes) -> bytes:
 
 
 def both(group: str, title: str, value: Callable[[], bytes], **parts: bytes) -> Iterator[Case]:
-    """A value written by hand, in an archive and in the old format."""
+    """A value written by hand, in an archive and in the old format, where a storage has one entry more."""
 
     def new(_: Base) -> bytes:
         return archive({"data.pkl": pickled(value()), **{f"data/{key[1:]}": data for key, data in parts.items()}})
@@ -430,9 +433,9 @@ def _remembered(value: bytes, use: bytes, times: int) -> bytes:
 
 def _laughs(depth: int) -> bytes:
     """Lists of ten times the same list, `depth` levels deep: 10**depth values in all."""
-    value = b"]q\x00(K\x01K\x02e"
-    for level in range(depth):
-        value += b"0]q" + bytes([level + 1]) + b"(" + (b"h" + bytes([level])) * 10 + b"e"
+    value = b"]q\x00(" + b"K\x01" * 10 + b"e"
+    for level in range(1, depth):
+        value = b"]q" + bytes([level]) + b"(" + value + (b"h" + bytes([level - 1])) * 9 + b"e"
     return value
 
 
@@ -440,16 +443,19 @@ def _many_parts(count: int) -> bytes:
     return archive({"data.pkl": pickle.dumps({}, 2)} | {f"data/{i}": b"" for i in range(count)})
 
 
-def _overlapping() -> bytes:
-    """An archive whose directory lists one large part a thousand times."""
-    first = archive({"data.pkl": pickle.dumps({}, 2), "data/0": bytes(1_000_000)}, version=False)
-    start = first.rfind(b"PK\x05\x06")
-    size, offset = struct.unpack("<II", first[start + 12 : start + 20])
-    directory = first[offset : offset + size]
-    entry = directory[directory.rfind(b"PK\x01\x02") :]
-    directory += entry * 1000
-    end = struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, 1002, 1002, len(directory), offset, 0)
-    return first[:offset] + directory + end
+def _overlapping(count: int = 250, kernel: int = 8_000_000) -> bytes:
+    """Each part contains all those behind it, down to one of zeros: `count` times 8 MB in all."""
+    tail, entries = bytes(kernel), []
+    for number in range(count):
+        name = f"archive/data/{count - number:04}".encode()
+        about = struct.pack("<HHHHHIIIHH", 20, 0, 0, 0, 33, zlib.crc32(tail), len(tail), len(tail), len(name), 0)
+        entries.append((about, name, len(tail)))
+        tail = b"PK\x03\x04" + about + name + tail
+    directory = b"".join(
+        b"PK\x01\x02\x14\x00" + about + struct.pack("<HHHII", 0, 0, 0, 0, len(tail) - size - 30 - len(name)) + name
+        for about, name, size in reversed(entries)
+    )
+    return tail + directory + struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, count, count, len(directory), len(tail), 0)
 
 
 def _deflated(base: Base) -> bytes:
@@ -481,8 +487,9 @@ def bombs() -> Iterator[Case]:
         "a billion values": _laughs(9),
         "ten thousand billion values": _laughs(13),
         "two million values": b"](" + b"N" * 2_000_000 + b"e",
-        "two million dictionaries": b"](" + b"}" * 2_000_000 + b"e",
+        "thirty million dictionaries": b"](" + b"}" * 30_000_000 + b"e",
         "a number of a million digits": dictionary(epoch=whole(1 << 3_000_000), format_version=whole(1)),
+        "a number of six hundred digits": dictionary(epoch=b"\x8a\xff" + b"\x7f" * 255, format_version=whole(1)),
         "a number in a million letters": b"I" + b"9" * 1_000_000 + b"\n",
         "a key of a megabyte": dictionary(**{"k" * 1_000_000: b"N"}),
         "a string longer than the file": b"X\xff\xff\xff\x7fabc",
@@ -499,7 +506,11 @@ def bombs() -> Iterator[Case]:
     for title, value in sizes.items():
         yield from both("bomb", title, lambda v=value: v, _0=bytes(4))
     storages = b"](" + b"".join(storage(10**9, key=str(i)) for i in range(2000)) + b"e"
-    yield _bytes("bomb", "two thousand storages of 4 GB, old format", lambda _: legacy(pickled(storages)))
+    yield _bytes(
+        "bomb",
+        "two thousand storages of 4 GB, old format",
+        lambda _: legacy(pickled(storages.replace(b"tQ", b"NtQ"))),
+    )
     yield _bytes("bomb", "compressed", _deflated)
     bomb = {"data.pkl": pickled(dictionary(a=tensor(10**8, [10**8], [1]))), "data/0": bytes(4 * 10**8)}
     yield _bytes(

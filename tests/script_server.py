@@ -59,6 +59,13 @@ class Child:
     def errors(self) -> str:
         return (self.folder / "stderr").read_text(encoding="utf-8")
 
+    def limit(self, *, cpu_seconds: int) -> None:
+        """End the process by SIGXCPU after so much work (Linux)."""
+        import resource
+
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(self.pid, resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
+
     def wait_until(self, condition: Callable[[], Any], timeout: float = 400) -> bool:
         """Look every half millisecond; False where the process has ended before the condition was met."""
         limit = time.monotonic() + timeout
@@ -135,14 +142,13 @@ class ScriptServer:
         assert status == expect, f"exit status {status}\n{child.output}\n{child.errors}"
         return child
 
-    def limit(self, *, memory: int, cpu_seconds: int) -> None:
-        """From now on a process may take so many bytes of memory more than the server has, and so long (Linux)."""
+    def limit(self, *, memory: int) -> None:
+        """From now on a process may take so many bytes of memory more than the server has (Linux)."""
         import resource
 
         pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + memory
         resource.prlimit(self._process.pid, resource.RLIMIT_AS, (most, most))
-        resource.prlimit(self._process.pid, resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
 
     def close(self) -> None:
         self._process.stdin.close()

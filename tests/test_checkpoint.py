@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import io
 import os
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hostile_corpus
 import pytest
 import torch
 from networks import binary_network, random_network
@@ -370,6 +372,73 @@ def test_a_packed_file_that_does_not_fit_its_architecture_is_refused(tmp_path, n
 )
 def test_a_missing_file_says_what_makes_it(tmp_path, name, hint):
     assert hint in refusal(tmp_path / name)
+
+
+RULES = {
+    "another kind: a tar": "a tar archive",
+    "another kind: a tar that looks like a pickle": "a tar archive",
+    "another kind: an empty tar": "a tar archive",
+    "another kind: a whole module": "torch.nn.modules",
+    "another kind: a numpy number inside": "numpy",
+    "code: os.system": "os.system, which could run code",
+    "code: eval, as Python 2 names it, old format": "builtins.eval, which could run code",
+    "code: a dotted name": "torch.serialization.os.system, which could run code",
+    "code: in a part of another case": "one name",
+    "code: in a second part of that name": "one name",
+    "bomb: compressed": "compressed",
+    "bomb: overlapping parts": "overlap",
+    "bomb: sixty thousand parts": "too many parts",
+    "bomb: a memo of 2**31": "more memory than it can need",
+    "bomb: bytearray of 1 TB": "bytes that it does not hold",
+    "bomb: bytes copied": "too many copies",
+    "bomb: sets copied, old format": "too many copies",
+    "bomb: a list that holds itself": "or itself",
+    "bomb: a billion values": "too many values",
+    "bomb: thirty million dictionaries, old format": "too many values",
+    "bomb: a million tensors": "too many values",
+    "bomb: a number of six hundred digits": "no plain value",
+    "bomb: a storage of 4 TB": "another size",
+    "bomb: a storage of 4 TB, old format": "another size",
+    "bomb: 4 TB from one number": "larger than the file",
+    "bomb: shapes copied": "too many dimensions",
+    "crooked: a much larger storage than stored": "another size",
+    "crooked: five thousand dimensions": "no proper storage or shape",
+    "crooked: a storage of no type": "NoStorage",
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_message_says_what_was_refused(tmp_path, name):
+    """And so each rule is seen to act, not the next one behind it."""
+    case = next(case for case in hostile_corpus.corpus() if str(case) == name)
+    case.write(tmp_path / "a.pth", hostile_corpus.Base.of(make("latent")))
+    message = refusal(tmp_path / "a.pth")
+    assert "refused" in message
+    assert RULES[name] in message
+
+
+def test_attributes_in_the_place_of_methods_are_left_behind(tmp_path):
+    """A dictionary from a pickle can have an attribute `items`; those that are handed on have none."""
+    case = next(case for case in hostile_corpus.corpus() if case.name == "attributes in the place of methods")
+    case.write(tmp_path / "a.pth", hostile_corpus.Base.of(make("latent")))
+    loaded = checkpoint.load(tmp_path / "a.pth")
+    assert same(loaded.state_dict, STATE)
+    assert not hasattr(loaded.raw, "__dict__")
+
+
+def test_torch_load_is_called_in_one_place_and_safely(tmp_path, monkeypatch):
+    root, calls, original = Path(checkpoint.__file__).parent.parent, [], torch.load
+    for path in [*root.glob("*.py"), *root.glob("engine/*.py"), *root.glob("models/*.py")]:
+        names = [ast.unparse(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+        assert ("torch.load" in names) == (path.name == "untrusted.py"), path
+
+    def load(*args: object, **options: object) -> object:
+        calls.append(options)
+        return original(*args, **options)
+
+    monkeypatch.setattr("torch.load", load)
+    checkpoint.load(saved(tmp_path / "a.pth"))
+    assert [call["weights_only"] for call in calls] == [True]
 
 
 def test_messages_are_one_printable_line_of_bounded_length(capsys):

@@ -89,7 +89,7 @@ def test_every_script_that_reads_a_checkpoint_is_among_the_readers():
 def server(child_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptServer]:
     server = ScriptServer(child_environment, tmp_path_factory.mktemp("outputs"))
     server.run("inspect_saved_model.py", "--help", cwd=tmp_path_factory.mktemp("warm"))  # the imports are done
-    server.limit(memory=MEMORY, cpu_seconds=CPU_SECONDS)
+    server.limit(memory=MEMORY)
     yield server
     server.close()
 
@@ -133,6 +133,7 @@ class Trial:
         path = folder / "füle 1.pth"
         case.write(path, self.bases[base or reader.base])
         child = self.server.start(reader.script, *reader.arguments(path), *self._options(reader), cwd=folder)
+        child.limit(cpu_seconds=CPU_SECONDS)
         try:
             status = child.wait(120)
         except TimeoutError as error:
@@ -330,6 +331,7 @@ def give_data(server: ScriptServer, script: str, folder: Path, path: Path, bases
         checkpoint_path.write_bytes(bases["binary" if script.startswith("load") else "latent"].content)
         arguments.append(checkpoint_path)
     child = server.start(script, *arguments, cwd=folder)
+    child.limit(cpu_seconds=CPU_SECONDS)
     status = child.wait(120)
     errors = child.errors
     if status != 2 or errors.count("\n") != 1 or str(path.parent) not in errors or (folder / CANARY).exists():
