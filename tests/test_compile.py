@@ -52,7 +52,14 @@ def test_compiled_run_is_resumed_bit_for_bit(
     options = ["--data-dir", str(small_data), "--wandb", "disabled"]
     fresh = [*options, "--epochs", "3", "--batch-size", "64", "--compile"]
     straight = run_script(
-        "main_binary.py", *fresh, "--output-dir", tmp_path / "straight", cwd=tmp_path, env=cache, check=False
+        "main_binary.py",
+        *fresh,
+        "--output-dir",
+        tmp_path / "straight",
+        cwd=tmp_path,
+        env=cache,
+        check=False,
+        timeout=600,
     )
     if "--compile: torch.compile does not work here" in straight.stderr:
         pytest.skip("torch.compile does not work here")
@@ -68,7 +75,9 @@ def test_compiled_run_is_resumed_bit_for_bit(
     )
     assert stopped.returncode == 143, stopped.stderr
     (folder / "copy.pth").write_bytes((folder / "checkpoint_last.pth").read_bytes())
-    resumed = run_script("main_binary.py", "--resume", *options, "--output-dir", folder, cwd=tmp_path, env=cache)
+    resumed = run_script(
+        "main_binary.py", "--resume", *options, "--output-dir", folder, cwd=tmp_path, env=cache, timeout=600
+    )
     assert "after its step 2" in resumed.stdout
 
     files = [torch.load(path / "final_model.pth", weights_only=True) for path in (tmp_path / "straight", folder)]
