@@ -19,7 +19,6 @@ for folder in (ROOT, ROOT / "tests"):
 import data_files  # noqa: E402 - needs the path
 import script_server  # noqa: E402
 
-
 # A shell that starts the tests in the background has them ignore Ctrl-C, and every process they start would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
