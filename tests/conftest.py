@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+# The tests run in as many processes as there are cores (pytest-xdist): one thread each, set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT, ROOT / "tests"):
     if str(folder) not in sys.path:

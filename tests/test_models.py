@@ -187,7 +187,7 @@ def test_a_depth_that_is_not_6n_plus_2_is_refused(depth):
 SCRIPTS = sorted(ROOT.glob("*.py"))
 PACKAGES = {folder: sorted((ROOT / folder).glob("*.py")) for folder in ("models", "engine")}
 RUN_TIME = {"torch", "torchvision", "tqdm", "matplotlib", "wandb", "numpy"}
-LAZILY = {"PIL", "onnx"}  # Pillow comes with torchvision; onnx is the user's own to install
+LAZILY = {"PIL", "onnx", "onnxruntime"}  # Pillow comes with torchvision; the other two are for requirements-onnx.txt
 POSIX_ONLY = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog", "posix"}
 EVERY_FILE = [*SCRIPTS, *PACKAGES["models"], *PACKAGES["engine"]]
 
