@@ -179,7 +179,7 @@ def test_what_a_wandb_that_hangs_costs(
     assert tracking.START_PATIENCE <= 10
     assert tracking.END_PATIENCE <= 10
     monkeypatch.setattr(tracking, "START_PATIENCE", 2.0)
-    (tmp_path / "wandb.py").write_text("import time\nSettings = dict\ndef init(**_): time.sleep(600)\n")
+    (tmp_path / "wandb.py").write_text("import time\nSettings = dict\ndef init(**_): time.sleep(40)\n")
     for name, value in (marked | {"PYTHONPATH": str(tmp_path)}).items():
         monkeypatch.setenv(name, value)
     said: list[str] = []
