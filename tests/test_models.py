@@ -194,7 +194,8 @@ EVERY_FILE = [*SCRIPTS, *PACKAGES["models"], *PACKAGES["engine"]]
 
 def nodes_outside_functions(node: ast.AST) -> Iterator[ast.AST]:
     for child in ast.iter_child_nodes(node):
-        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        for_the_type_checker = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not for_the_type_checker:
             yield child
             yield from nodes_outside_functions(child)
 
