@@ -92,7 +92,7 @@ def _count_operations(stream: io.BytesIO) -> None:
     most = len(stream.getbuffer())
     for count, (operation, argument, _) in enumerate(pickletools.genops(stream)):
         if count > _MOST_OPERATIONS:
-            raise Refused("it holds too many values for a checkpoint")
+            raise Refused("its pickle is too long for a checkpoint")
         if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > most:
             raise Refused("its pickle asks for more memory than it can need")
 
