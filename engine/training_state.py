@@ -88,6 +88,10 @@ def _check_watch(saved: Any, fresh: dict[str, Tensor], model: nn.Module, *, with
         _require(tuple(value.shape) == (weights,), f"watch: {key} has another shape")
 
 
+def _alike(value: Tensor, parameter: Tensor) -> bool:
+    return (value.shape, value.dtype) == (parameter.shape, parameter.dtype)
+
+
 def _check_optimizer(saved: Any, mine: Optimizer) -> None:
     """Its options are those of this run, its moments have the shapes of the parameters and are finite."""
     _require(isinstance(saved, dict) and saved.keys() == {"state", "param_groups"}, "optimizers: other entries")
@@ -104,7 +108,7 @@ def _check_optimizer(saved: Any, mine: Optimizer) -> None:
         )
         for value in moments.values():
             fits = value is None or (
-                isinstance(value, Tensor) and (value.ndim == 0 or value.shape == parameters[index].shape)
+                isinstance(value, Tensor) and (value.ndim == 0 or _alike(value, parameters[index]))
             )
             _require(
                 fits and (value is None or bool(value.isfinite().all())), "optimizers: a moment that does not fit"

@@ -824,7 +824,7 @@ def training() -> Iterator[Case]:
         def change(base: Base) -> bytes:
             return _with(base, training=base.raw["training"] | changes)
 
-        return _bytes("training", title, change, harmless=harmless)
+        return _bytes("state", title, change, harmless=harmless)
 
     strange = (None, "x", -1, [], {}, [None], 2**62, torch.ones(3), float("nan"))
     keys = (
@@ -857,8 +857,14 @@ def training() -> Iterator[Case]:
                 "training", title, lambda base, k=key, v=value: _with(base, config=base.raw["config"] | {k: v})
             )
     yield _bytes("training", "no options", lambda base: _with(base, config={5: 5}))
-    yield _bytes("training", "moments of another shape", _other_moments)
-    yield _bytes("training", "moments that are NaN", _nan_moments)
+    for title, change in {
+        "of another shape": lambda value: torch.zeros(3, 3),
+        "of another type": lambda value: value.double(),
+        "that are NaN": lambda value: torch.full_like(value.float(), float("nan")),
+        "that are numbers": lambda value: 5,
+    }.items():
+        yield _bytes("training", f"moments {title}", lambda base, c=change: _moments(base, c))
+        yield _bytes("training", f"best weights {title}", lambda base, c=change: _best_weights(base, c))
 
 
 # Of the strange values these are right: full precision watches nothing, and three sums are those of one process.
@@ -869,22 +875,22 @@ def _without(base: Base, key: str) -> bytes:
     return _with(base, training={name: value for name, value in base.raw["training"].items() if name != key})
 
 
-def _moments(base: Base, change: Callable[[Tensor], Tensor]) -> bytes:
-    def changed(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: changed(item) for key, item in value.items()}
-        return change(value) if isinstance(value, Tensor) and value.ndim else value
+def _changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """A nest with its tensors changed, apart from single numbers."""
+    if isinstance(value, dict):
+        return {key: _changed(item, change) for key, item in value.items()}
+    return change(value) if isinstance(value, Tensor) and value.ndim else value
 
-    optimizers = [changed(optimizer) for optimizer in base.raw["training"]["optimizers"]]
+
+def _moments(base: Base, change: Callable[[Tensor], Any]) -> bytes:
+    optimizers = [_changed(optimizer, change) for optimizer in base.raw["training"]["optimizers"]]
     return _with(base, training=base.raw["training"] | {"optimizers": optimizers})
 
 
-def _other_moments(base: Base) -> bytes:
-    return _moments(base, lambda value: torch.zeros(3, 3))
-
-
-def _nan_moments(base: Base) -> bytes:
-    return _moments(base, lambda value: torch.full_like(value, float("nan")))
+def _best_weights(base: Base, change: Callable[[Tensor], Any]) -> bytes:
+    best = base.raw["training"]["best"]
+    best = best | {"state_dict": _changed(best["state_dict"], change)}
+    return _with(base, training=base.raw["training"] | {"best": best})
 
 
 # -- data ----------------------------------------------------------------------------------------------------------

@@ -221,9 +221,10 @@ def test_hostile_one_bit_files_are_refused(trial):
 
 
 def test_hostile_training_states_are_refused(trial):
-    """Every third of them: a script that resumes has more to do before it can refuse one."""
-    for turn, case in enumerate(list(hostile_corpus.training())[::3]):
-        trial.give(case, RESUMES[turn % 2])
+    """Of the strange values every third: a script that resumes has more to do before it can refuse one."""
+    for turn, case in enumerate(hostile_corpus.training()):
+        if case.group != "state" or turn % 3 == 0:
+            trial.give(case, RESUMES[turn % 2])
     trial.report()
 
 
