@@ -78,6 +78,7 @@ class Chain:
         assert self.resumed, "no kill left anything to resume"
         for kept in self.folder.glob("previous-*"):
             assert {path.name for path in kept.iterdir()} == set(RUN_FILES)
+        print(f"{self.kills} kills, {self.resumed} resumed, {self.finished} finished as if never killed")  # for -rP
 
 
 def how_many(request: pytest.FixtureRequest, default: int, full: int) -> int:
