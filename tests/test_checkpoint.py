@@ -417,6 +417,13 @@ def test_the_message_says_what_was_refused(tmp_path, name):
     assert RULES[name] in message
 
 
+@pytest.mark.parametrize(("size", "words"), [(0, "empty"), (10**12, "too many for a checkpoint")])
+def test_a_file_of_an_impossible_size_is_refused_unread(tmp_path, size, words):
+    with open(tmp_path / "a.pth", "wb") as file:
+        file.truncate(size)  # a hole: it takes no room
+    assert words in refusal(tmp_path / "a.pth")
+
+
 def test_attributes_in_the_place_of_methods_are_left_behind(tmp_path):
     """A dictionary from a pickle can have an attribute `items`; those that are handed on have none."""
     case = next(case for case in hostile_corpus.corpus() if case.name == "attributes in the place of methods")
