@@ -393,7 +393,7 @@ RULES = {
     "bomb: bytes copied": "too many copies",
     "bomb: sets copied, old format": "too many copies",
     "bomb: a list that holds itself": "or itself",
-    "bomb: a billion values": "too many values",
+    "bomb: a million values": "too many values",
     "bomb: thirty million dictionaries, old format": "too long",
     "bomb: a million tensors": "too long",
     "bomb: a number of six hundred digits": "no plain value",
