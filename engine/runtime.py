@@ -37,8 +37,8 @@ def keep_freed_memory() -> bool:
 def choose_precision(name: str, device: torch.device) -> str:
     """The precision of the convolutions in training: what `--precision` says, or the fastest safe one for "auto".
 
-    bfloat16 where the device has matrix units for it (CPU: Intel AMX; CUDA: since Ampere), float16 on older CUDA
-    devices, otherwise float32. Weights, BatchNorm, loss and optimiser are float32 throughout; so is evaluation.
+    bfloat16 where the device computes with it (CPU: Intel AMX or AVX-512 BF16; CUDA: since Ampere), float16 on older
+    CUDA devices, otherwise float32. Weights, BatchNorm, loss and optimiser are float32 throughout; so is evaluation.
     Raises UserError for float16 on a device other than CUDA.
     """
     if name == "float16" and device.type != "cuda":
@@ -53,9 +53,9 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def cpu_has_bfloat16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX). AVX-512 BF16 alone was not measured."""
+    """Whether this CPU multiplies bfloat16 numbers in hardware: by AMX or by AVX-512 BF16 (benchmarks/speed.md)."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16"))
+    return any(capabilities.get(unit) for unit in ("amx_bf16", "avx512_bf16"))
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:

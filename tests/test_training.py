@@ -27,7 +27,7 @@ import cifar10
 import main
 import main_binary
 from engine import checkpoint as checkpoints
-from engine import training
+from engine import runtime, training
 from engine.checkpoint import BEST, FINAL, LAST
 from engine.cli import UserError
 from engine.evaluate import evaluate
@@ -529,3 +529,16 @@ def test_a_terminal_is_left_with_one_line_an_epoch(on_a_terminal: str) -> None:
 def test_importing_a_script_does_nothing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     importlib.reload(sys.modules[name])
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [({"amx_bf16": True}, "bfloat16"), ({"avx512_bf16": True}, "bfloat16"), ({"avx512_f": True}, "float32")],
+)
+def test_precision_of_a_cpu(capabilities: dict[str, bool], precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 by default where the CPU computes with it, and only there; what is asked for is given anywhere."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities | {"avx2": True}, raising=False)
+    cpu = torch.device("cpu")
+    assert runtime.choose_precision("auto", cpu) == precision
+    assert runtime.choose_precision("float32", cpu) == "float32"
+    assert runtime.choose_precision("bfloat16", cpu) == "bfloat16"
