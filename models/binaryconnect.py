@@ -27,7 +27,7 @@ def binary_sign(w: Tensor) -> Tensor:
     A NaN stays NaN, never a silent -1, so that it shows in the loss. This is the one place where the sign is
     decided: training, evaluation, analysis and packing all call it.
     """
-    signs = (w >= 0).to(w.dtype).mul_(2).sub_(1)  # a third of the time of torch.where with two numbers
+    signs = torch.copysign(w.new_ones(()), w + 0.0)  # -0.0 + 0.0 is 0.0; much faster than comparing
     return torch.where(w.isnan(), w, signs)
 
 
@@ -109,7 +109,8 @@ class BC(nn.Module):
             return
         targets = self.targets()
         for name, weight in zip(self.target_names, targets, strict=True):
-            if weight.device.type == "cpu" and weight.isnan().any():
+            # The sum, NaN where a weight is, is quicker to take; infinite weights of both signs make it NaN as well.
+            if weight.device.type == "cpu" and weight.sum().isnan() and weight.isnan().any():
                 raise ValueError(f"{name}: a latent weight is NaN and has no sign")
         self.save_params()
         self.is_binarized = True

@@ -484,6 +484,7 @@ def bombs() -> Iterator[Case]:
         "dictionaries deep": (b"}" + text("a")) * 60_000 + b"N" + b"s" * 60_000,
         "a list that holds itself": b"]q\x00h\x00a",
         "a dictionary that holds itself": b"}q\x00" + text("state_dict") + b"h\x00s",
+        "a million values": _laughs(6),
         "a billion values": _laughs(9),
         "ten thousand billion values": _laughs(13),
         "two million values": b"](" + b"N" * 2_000_000 + b"e",

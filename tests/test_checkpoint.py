@@ -393,7 +393,7 @@ RULES = {
     "bomb: bytes copied": "too many copies",
     "bomb: sets copied, old format": "too many copies",
     "bomb: a list that holds itself": "or itself",
-    "bomb: a billion values": "too many values",
+    "bomb: a million values": "too many values",
     "bomb: thirty million dictionaries, old format": "too long",
     "bomb: a million tensors": "too long",
     "bomb: a number of six hundred digits": "no plain value",
@@ -415,6 +415,13 @@ def test_the_message_says_what_was_refused(tmp_path, name):
     message = refusal(tmp_path / "a.pth")
     assert "refused" in message
     assert RULES[name] in message
+
+
+@pytest.mark.parametrize(("size", "words"), [(0, "empty"), (10**12, "too many for a checkpoint")])
+def test_a_file_of_an_impossible_size_is_refused_unread(tmp_path, size, words):
+    with open(tmp_path / "a.pth", "wb") as file:
+        file.truncate(size)  # a hole: it takes no room
+    assert words in refusal(tmp_path / "a.pth")
 
 
 def test_attributes_in_the_place_of_methods_are_left_behind(tmp_path):
