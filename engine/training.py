@@ -352,9 +352,13 @@ class Trainer:
         return tqdm.format_interval(left * self.seconds / max(self.steps_done, 1))
 
     def _diverged(self) -> None:
+        run = self.run
+        first = run.resumed.path if run.resumed else getattr(run.args, "init", None)
+        files = [str(path) for path in (first, getattr(run.args, "teacher", None)) if path]
+        began = f", in a run that began with {' and '.join(files)}" if files else ""  # one of them may be the cause
         raise UserError(
-            f"the loss or a weight became NaN or infinite in epoch {self.epoch + 1}; {self.run.folder / LAST} still "
-            "holds the last good state; start anew with smaller learning rates"
+            f"the loss or a weight became NaN or infinite in epoch {self.epoch + 1}{began}; {run.folder / LAST} "
+            "still holds the last good state; start anew with smaller learning rates"
         )
 
     def _stop_where_asked(self) -> None:

@@ -666,6 +666,11 @@ def values() -> Iterator[Case]:
         yield _bytes("values", title, lambda base, c=change: _state(base, c))
 
 
+def overflowing() -> Case:
+    """A checkpoint of finite weights whose outputs are not, of whichever kind: BatchNorm is in all of them."""
+    return _bytes("values", "scales that overflow", lambda base: _state(base, _fill("layer3.2.bn2.weight", 3e38)))
+
+
 METADATA = {
     "format_version": (0, 2, -1, 1.0, True, "1", None, [1], 2**63, torch.ones(3), torch.ones(1), float("nan")),
     "kind": (
