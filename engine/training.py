@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,6 +66,8 @@ def make_schedulers(run: Run, optimizers: list[Optimizer], steps_per_epoch: int)
     else:
         warmup = total // 5
         run.say(f"Warm-up shortened to one fifth of the run, {warmup} steps: --epochs {args.epochs} is that short.")
+    # In older versions of torch SequentialLR calls step() in a way that step() itself warns of.
+    warnings.filterwarnings("ignore", r"The epoch parameter in `scheduler\.step\(\)`", UserWarning)
     schedulers: list[LRScheduler] = []
     for optimizer in optimizers:
         cosine = CosineAnnealingLR(optimizer, T_max=total - warmup)
