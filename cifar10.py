@@ -735,6 +735,7 @@ def _last_words(log: bytes) -> str:
     """What a failed download said: of a traceback the last line, of npm its error lines."""
     lines = [line.strip() for line in log.decode(errors="replace").splitlines() if line.strip()]
     errors = [line.partition(" ")[2].removeprefix("error ") for line in lines if re.match(r"npm (error|ERR!)", line)]
+    errors = [line for line in errors if "complete log of this run" not in line]  # it goes with the temporary folder
     return " ".join(" / ".join(errors[:4] or lines[-1:]).split())[:300]
 
 

