@@ -636,6 +636,7 @@ class Reference:
         return -lr * first / (np.sqrt(second) + 1e-8)
 
 
+# No two options have one value, so that none can stand in for another.
 NUMERICS = {
     "adam": {"latent_lr": 0.05, "latent_weight_decay": 1e-3},
     "sgd": {"latent_lr": 2.0, "latent_weight_decay": 1e-3},
@@ -644,7 +645,7 @@ NUMERICS = {
 
 @pytest.mark.parametrize("optimizer", NUMERICS)
 def test_twenty_steps_are_those_of_the_paper_in_float64(optimizer):
-    options = NUMERICS[optimizer] | {"lr": 0.1, "weight_decay": 1e-3, "logit_scale": 0.5, "label_smoothing": 0.1}
+    options = NUMERICS[optimizer] | {"lr": 0.1, "weight_decay": 1e-2, "logit_scale": 0.5, "label_smoothing": 0.1}
     random = np.random.default_rng(9)
     torch.manual_seed(9)
     model = nn.Sequential(
