@@ -86,7 +86,7 @@ def set_aside(folder: Path, names: Iterable[str]) -> Path | None:
         except OSError as error:
             raise UserError(f"{path}: cannot be moved to {gathering}: {reason(error)}") from error
     try:
-        gathering.rename(target)
+        os.rename(gathering, target)
         _sync_folder(folder)
     except OSError as error:
         raise UserError(f"{gathering}: cannot be renamed to {target.name}: {reason(error)}") from error
