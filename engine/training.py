@@ -465,7 +465,7 @@ class Trainer:
             self._write_where_it_differs(FINAL, self.checkpoint(self.epoch, self.latest_metrics()))
         self.write_records(always=True)
         final = self.score("test")
-        run.say(f"\nFinal epoch ({self.epoch}), {FINAL}:")
+        run.say(f"\nFinal epoch ({self.epoch}), {FINAL}, on {final.images:,} test images:")
         run.say(final.accuracy_line())
         how = (
             "on the test set itself, so this figure is optimistic"

@@ -267,7 +267,7 @@ def test_the_end_reports_both_epochs(binary_run: Path, small_data: Path) -> None
     best = checkpoints.load(binary_run / BEST)
     final = checkpoints.load(binary_run / FINAL)
     assert output.split("\n\n")[-1].splitlines() == [
-        f"Final epoch (3), {FINAL}:",
+        f"Final epoch (3), {FINAL}, on 20 test images:",
         f"Test Accuracy: {final.metrics['test_accuracy']:.2f}%",
         f"Best epoch ({best.epoch}), {BEST}, chosen on the test set itself, so this figure is optimistic:",
         f"Test Accuracy: {best.metrics['test_accuracy']:.2f}%",
