@@ -189,7 +189,7 @@ def draw(path: Path, title: str, layers: list[WeightStats], weights: dict[str, T
     width, height = 2.9 * columns, 3.6 + 1.75 * rows
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=14, y=1 - 0.15 / height, va="top")
+    report.draw_title(figure, title, y=1 - 0.15 / height, va="top")
     sides = {"left": 0.6 / width, "right": 1 - 0.2 / width}
     top = figure.add_gridspec(1, 1, top=1 - 0.75 / height, bottom=1 - 3.1 / height, **sides)
     panels = figure.add_gridspec(

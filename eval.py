@@ -104,7 +104,7 @@ def draw(path: Path, title: str, scores: Scores, samples: list[list[tuple[int, i
     figure = Figure(figsize=(17, 8.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1))
-    figure.suptitle(title, fontsize=14)
+    report.draw_title(figure, title)
     _draw_confusion(left.subplots(), scores)
     top, bottom = right.subplots(2, 1)
     _draw_samples(top, "Right: the first ones in the test set", samples[0], split)

@@ -66,6 +66,7 @@ def main() -> None:
         raise UserError(
             f"{args.checkpoint}: its weights are binary already; score it with eval.py or load_binarized_example.py"
         )
+    binarised.keep_source(args.checkpoint, folder / BINARIZED)
     data = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
 
     print(f"{args.checkpoint}: {loaded.arch}, {loaded.kind} weights")

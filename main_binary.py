@@ -44,7 +44,7 @@ def make_parser() -> cli.ArgumentParser:
     )
     group.add_argument(
         "--logit-scale",
-        type=cli.number(0, above=True),
+        type=cli.number(0, above=True, maximum=checkpoint.LARGEST_LOGIT_SCALE),
         default=0.125,
         help="constant on the network's whole output, in the loss only: it changes no prediction",
     )
@@ -54,7 +54,10 @@ def make_parser() -> cli.ArgumentParser:
     group.add_argument("--init", type=Path, metavar="CKPT", help="start from these weights, clipped to [-1, 1]")
     group.add_argument("--teacher", type=Path, metavar="CKPT", help="distil from this full-precision checkpoint")
     group.add_argument(
-        "--temperature", type=cli.number(0, above=True), default=4.0, help="softens both outputs in the distillation"
+        "--temperature",
+        type=cli.number(0, above=True, maximum=1000),
+        default=4.0,
+        help="softens both outputs in the distillation",
     )
     group.add_argument(
         "--teacher-weight",

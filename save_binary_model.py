@@ -192,6 +192,9 @@ def main() -> None:
     loaded = checkpoint.load(args.checkpoint)
     if loaded.kind == BINARY_1BIT:
         raise UserError(f"{args.checkpoint}: is packed already; give the checkpoint it was made from")
+    binarised.keep_source(args.checkpoint, folder / PACKED)
+    if args.onnx:
+        binarised.keep_source(args.checkpoint, args.onnx)
     calibration = CALIBRATION_IMAGES if args.int8 else None
     data = cifar10.load(args.data_dir, train=args.int8, limit_train=calibration, limit_test=args.limit_test)
 
@@ -201,11 +204,14 @@ def main() -> None:
     scores, logits = score(model, data, args.batch_size, device, loaded.path)
     content = pack(loaded, model, scores, keep_batchnorm=args.keep_batchnorm)
     path = folder / PACKED
-    packed = checkpoint.load(path, content)  # as it will be in the file, before the file is there
-    prove_same_signs(model, packed.model(fold=False))
-    print("Unpacked and folded, on the same images:")
-    unpacked = score(packed.model(), data, args.batch_size, device)
-    prove_same_logits(logits, unpacked[1])
+    packed = checkpoint.load(args.checkpoint, content)  # as it will be in the file, before the file is there
+    try:
+        prove_same_signs(model, packed.model(fold=False))
+        print("Unpacked and folded, on the same images:")
+        unpacked = score(packed.model(), data, args.batch_size, device, loaded.path)
+        prove_same_logits(logits, unpacked[1])
+    except RuntimeError as error:  # BatchNorm may hold numbers that float32 cannot fold
+        raise UserError(f"{args.checkpoint}: cannot be packed: {error}") from error
     binarised.write(path, content, loaded.sha256)
     if path.read_bytes() != content:
         raise RuntimeError(f"{path}: reads back other than it was written")

@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import io
-import math
 import platform
 import re
 import stat
@@ -42,6 +41,7 @@ from models.bitpack import unpack_model
 from models.resnet_s import ResNetS, architecture_of, build, weight_layers
 
 FORMAT_VERSION = 1
+LARGEST_LOGIT_SCALE = 10**6  # beyond, logits would overflow that are not infinite themselves
 BEST = "best_model.pth"
 FINAL = "final_model.pth"
 LAST = "checkpoint_last.pth"
@@ -236,12 +236,12 @@ def _metadata(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(kind, str) or (ours and kind not in KINDS):
         raise UserError(f"{path}: unknown kind of weights {kind!r}; known are {', '.join(KINDS)}")
     scale = raw.get("logit_scale", 1.0) if ours else 1.0
-    if not isinstance(scale, int | float) or not math.isfinite(scale) or scale <= 0:
-        raise UserError(f"{path}: logit_scale {scale!r} is not a positive number")
+    if not isinstance(scale, int | float) or not 0 < scale <= LARGEST_LOGIT_SCALE:
+        raise UserError(f"{path}: logit_scale {scale!r} is not a positive number of at most {LARGEST_LOGIT_SCALE:,}")
     epoch = raw.get("epoch")
     return {
         "kind": kind,
-        "epoch": epoch if isinstance(epoch, int) else None,
+        "epoch": epoch if type(epoch) is int else None,
         "metrics": raw["metrics"] if ours and isinstance(raw.get("metrics"), dict) else {},
         "config": raw["config"] if ours and isinstance(raw.get("config"), dict) else {},
         "logit_scale": float(scale),

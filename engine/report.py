@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from engine.checkpoint import BINARY_1BIT, Checkpoint
@@ -34,9 +35,16 @@ def recorded_accuracies(loaded: Checkpoint) -> list[str]:
     for key, images in names.items():
         value, count = metrics.get(key), metrics.get(key.replace("accuracy", "images"))
         if _is_number(value, 100):
-            scored = f"{count:,} {images}" if _is_number(count, 10**9) else images
+            scored = f"{count:,} {images}" if type(count) is int and 0 <= count <= 10**9 else images
             found.append(f"accuracy {value:.2f}% on {scored}{of}")
     return found
+
+
+def draw_title(figure: Any, title: str, **placed: Any) -> None:
+    """The title of a matplotlib figure, which may hold the name of a file, and so any character and no formula."""
+    warnings.filterwarnings("ignore", "Glyph .* missing from")  # the picture shows a box for it
+    shown = title.encode("utf-8", "replace").decode()
+    figure.suptitle("".join(c if c.isprintable() else "?" for c in shown), fontsize=14, parse_math=False, **placed)
 
 
 def counted(count: int, thing: str) -> str:
@@ -46,7 +54,7 @@ def counted(count: int, thing: str) -> str:
 
 def _is_number(value: Any, most: int) -> bool:
     """Whether a value from a file is a number between 0 and `most`; it may be anything else."""
-    return isinstance(value, int | float) and 0 <= value <= most
+    return type(value) in (int, float) and 0 <= value <= most
 
 
 def share(part: int, whole: int) -> str:

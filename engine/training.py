@@ -29,7 +29,7 @@ from engine.cli import Interrupted, UserError, reason
 from engine.evaluate import Scores
 from engine.run import Run, plain_options
 from engine.tracking import END_PATIENCE, WandbRun, draw_curves, write_metrics
-from engine.training_state import check_training_state
+from engine.training_state import check_training_state, moments_in_own_memory
 
 EVAL_BATCH = 500  # images per batch when scoring; any size gives the same figures but for rounding
 _LOOK_SECONDS = 0.5  # how often the numbers are fetched from the device for the progress bar
@@ -207,7 +207,7 @@ class Trainer:
         )
         self.model.load_state_dict(resumed.state_dict)
         for mine, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            mine.load_state_dict(saved)
+            mine.load_state_dict(moments_in_own_memory(saved, mine))
         for mine, saved in zip(self.schedulers, state["schedulers"], strict=True):
             mine.load_state_dict(saved)
         self.run.scaler.load_state_dict(state["scaler"])
@@ -464,7 +464,7 @@ class Trainer:
             self._write_where_it_differs(BEST, self._best_content())
             self._write_where_it_differs(FINAL, self.checkpoint(self.epoch, self.latest_metrics()))
         self.write_records(always=True)
-        final = self.score("test")
+        final = self._score_at_the_end()
         run.say(f"\nFinal epoch ({self.epoch}), {FINAL}, on {final.images:,} test images:")
         run.say(final.accuracy_line())
         how = (
@@ -474,7 +474,13 @@ class Trainer:
         )
         run.say(f"Best epoch ({self.best['epoch']}), {BEST}, chosen {how}:")
         self.model.load_state_dict(self.best["state_dict"])
-        run.say(self.score("test").accuracy_line())
+        run.say(self._score_at_the_end().accuracy_line())
+
+    def _score_at_the_end(self) -> Scores:
+        try:
+            return self.score("test")
+        except ValueError as error:  # of weights that a file has brought: training would have stopped before
+            raise UserError(f"{self.run.folder / LAST}: {reason(error)}; the weights in it are of no use") from error
 
     def _write_where_it_differs(self, name: str, content: dict[str, Any]) -> None:
         """A file that is missing, damaged, or left by an epoch that a resumed run has done again."""

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from models.resnet_s import weight_layers
+
+_MOMENTS = {torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.SGD: {"momentum_buffer"}}
+_MOVING = ("last_epoch", "_step_count", "_last_lr")  # entries of a schedule that say how far it is
+_LARGEST = 1e30  # of a measured number: larger ones overflow where they are drawn
 
 
 def check_training_state(
@@ -27,21 +33,25 @@ def check_training_state(
     """
     for name in ("schedulers", "scaler", "rng", "totals", "seconds", "wandb_id"):
         _check_form(state[name], fresh[name], name)
+    _check_schedule(state["schedulers"], fresh["schedulers"])
     epoch = _whole(state["epoch"], epochs, "epoch")
     steps = _whole(state["steps_done"], steps_per_epoch, "steps_done")
     _check_watch(state["watch"], fresh["watch"], model, within=steps > 0)
     _require(isinstance(state["history"], list) and len(state["history"]) == epoch, "history has not a row an epoch")
-    for row in state["history"]:
+    for number, row in enumerate(state["history"], 1):
         _check_metrics(row, accuracy)
+        _require(row["epoch"] == number, "the epochs of history are not in order")
     if epoch or state["best"] != {}:
         best = state["best"]
         _require(isinstance(best, dict) and {"epoch", "metrics", "state_dict"} <= best.keys(), "best is none")
         _whole(best["epoch"], epoch, "best")
         _check_metrics(best["metrics"], accuracy)
         _check_form(best["state_dict"], model.state_dict(), "best")
+        variances = [value for key, value in best["state_dict"].items() if key.endswith("running_var")]
+        _require(all(bool((value >= 0).all()) for value in variances), "best has negative variances")
     _require(isinstance(state["optimizers"], list) and len(state["optimizers"]) == len(optimizers), "optimizers")
     for saved, mine in zip(state["optimizers"], optimizers, strict=True):
-        _check_optimizer(saved, mine)
+        _check_optimizer(saved, mine, begun=epoch + steps > 0)
 
 
 def _require(condition: bool, what: str) -> None:
@@ -74,9 +84,24 @@ def _check_form(saved: Any, fresh: Any, where: str) -> None:
         _require(type(saved) in (int, float) and math.isfinite(saved), f"{where} has no number where one is needed")
 
 
+def _check_schedule(saved: Any, fresh: Any) -> None:
+    """The same numbers all the way down, apart from those that say how far it is. The form has been checked."""
+    if isinstance(fresh, dict):
+        for key in fresh:
+            if key not in _MOVING:
+                _check_schedule(saved[key], fresh[key])
+    elif isinstance(fresh, list | tuple):
+        for one, other in zip(saved, fresh, strict=True):
+            _check_schedule(one, other)
+    elif not isinstance(fresh, bool):
+        _require(saved == fresh, "schedulers: not the schedule of this run")
+
+
 def _check_metrics(row: Any, accuracy: str) -> None:
     _require(isinstance(row, dict) and {"epoch", accuracy} <= row.keys(), f"metrics of an epoch lack {accuracy}")
-    _require(all(isinstance(key, str) and type(row[key]) in (int, float) for key in row), "metrics are no numbers")
+    for key, value in row.items():
+        _require(isinstance(key, str) and re.fullmatch(r"[a-z_]{1,40}", key), "metrics have a strange name")
+        _require(type(value) in (int, float) and abs(value) < _LARGEST, "metrics are no numbers")
 
 
 def _check_watch(saved: Any, fresh: dict[str, Tensor], model: nn.Module, *, within: bool) -> None:
@@ -92,8 +117,9 @@ def _alike(value: Tensor, parameter: Tensor) -> bool:
     return (value.shape, value.dtype) == (parameter.shape, parameter.dtype)
 
 
-def _check_optimizer(saved: Any, mine: Optimizer) -> None:
-    """Its options are those of this run, its moments have the shapes of the parameters and are finite."""
+def _check_optimizer(saved: Any, mine: Optimizer, *, begun: bool) -> None:
+    """Its options are those of this run, its moments have the shapes of the parameters and are finite; each parameter
+    has them once training has begun."""
     _require(isinstance(saved, dict) and saved.keys() == {"state", "param_groups"}, "optimizers: other entries")
     groups = mine.state_dict()["param_groups"]
     _check_form(saved["param_groups"], groups, "optimizers")
@@ -102,14 +128,27 @@ def _check_optimizer(saved: Any, mine: Optimizer) -> None:
             _require(key == "lr" or one[key] == other[key], f"optimizers: {key} is not that of this run")
     parameters = [p for group in mine.param_groups for p in group["params"]]
     _require(isinstance(saved["state"], dict), "optimizers: no state")
+    _require(set(saved["state"]) == set(range(len(parameters) if begun else 0)), "optimizers: not one state a weight")
     for index, moments in saved["state"].items():
-        _require(
-            type(index) is int and 0 <= index < len(parameters) and isinstance(moments, dict), "optimizers: state"
-        )
-        for value in moments.values():
-            fits = value is None or (
-                isinstance(value, Tensor) and (value.ndim == 0 or _alike(value, parameters[index]))
-            )
-            _require(
-                fits and (value is None or bool(value.isfinite().all())), "optimizers: a moment that does not fit"
-            )
+        _require(isinstance(moments, dict) and moments.keys() == _MOMENTS[type(mine)], "optimizers: other moments")
+        for key, value in moments.items():
+            wanted = torch.ones(()) if key == "step" else parameters[index]
+            fits = isinstance(value, Tensor) and _alike(value, wanted) and bool(value.isfinite().all())
+            _require(fits and (key != "step" or value.item() >= 1), "optimizers: a moment that does not fit")
+
+
+def moments_in_own_memory(saved: dict[str, Any], mine: Optimizer) -> dict[str, Any]:
+    """A checked optimiser state with each moment laid out in memory as its parameter is, and shared with nothing.
+
+    The fused optimisers go through weights and moments side by side without a look at strides; in a file the
+    strides may be anything, and several tensors one memory.
+    """
+    parameters = [p for group in mine.param_groups for p in group["params"]]
+    state = {
+        index: {
+            key: value.clone() if value.ndim == 0 else torch.empty_like(parameters[index]).copy_(value)
+            for key, value in moments.items()
+        }
+        for index, moments in saved["state"].items()
+    }
+    return saved | {"state": state}

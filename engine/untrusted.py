@@ -7,6 +7,7 @@ archive. So a rehearsal that makes nothing goes through the file first, and only
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import pickletools
@@ -190,6 +191,18 @@ class _Rehearsal(pickle.Unpickler):
         return values
 
 
+@functools.cache
+def _converts(dtype: torch.dtype) -> bool:
+    """Whether torch turns values of this type into ordinary numbers; of the packed ones (float4) it does not."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.zeros(1, dtype=dtype).to(torch.complex128)
+    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+        return False
+    return True
+
+
 class _Plain:
     """Copies a loaded nest into plain dictionaries, lists, tuples, sets, values and dense tensors, or raises Refused.
 
@@ -229,6 +242,8 @@ class _Plain:
     def _tensor(self, value: Tensor) -> Tensor:
         if value.layout != torch.strided or value.is_quantized or value.is_nested or value.device.type != "cpu":
             raise Refused("it holds a tensor that is not plain and dense")
+        if not _converts(value.dtype):
+            raise Refused(f"it holds a tensor of type {value.dtype}, with which nothing can be computed")
         if value.numel() * value.element_size() > self._limit:
             raise Refused(f"it holds a tensor of shape {tuple(value.shape)}, larger than the file")
         return value.detach().resolve_conj().resolve_neg()

@@ -861,6 +861,8 @@ def training() -> Iterator[Case]:
             )
     yield _bytes("training", "no options", lambda base: _with(base, config={5: 5}))
     for title, change in {
+        "that are single numbers": lambda value: torch.tensor(0.0),
+        "that are none": lambda value: None,
         "of another shape": lambda value: torch.zeros(3, 3),
         "of another type": lambda value: value.double(),
         "that are NaN": lambda value: torch.full_like(value.float(), float("nan")),
@@ -868,6 +870,31 @@ def training() -> Iterator[Case]:
     }.items():
         yield _bytes("training", f"moments {title}", lambda base, c=change: _moments(base, c))
         yield _bytes("training", f"best weights {title}", lambda base, c=change: _best_weights(base, c))
+    for title, change in (("moments", _moments), ("best weights", _best_weights)):
+        yield _bytes("training", f"{title} in one place", lambda base, c=change: c(base, _spread), harmless=True)
+        yield _bytes("training", f"{title} the other way", lambda base, c=change: c(base, _turned), harmless=True)
+    for title, change in {
+        "no moments but the step": lambda state: {i: {"step": torch.ones(())} for i in state},
+        "moments without a name": lambda state: {i: {} for i in state},
+        "moments of one weight only": lambda state: {0: state[0]},
+        "a step of 0": lambda state: {i: m | {"step": torch.zeros(())} for i, m in state.items()},
+    }.items():
+        yield _bytes("training", title, lambda base, c=change: _states(base, c))
+    for title, key, value in (
+        ("a cosine of no length", "T_max", 0),
+        ("a cosine that ends elsewhere", "eta_min", 0.25),
+        ("another base rate", "base_lrs", [7.0]),
+    ):
+        yield _bytes("training", title, lambda base, k=key, v=value: _schedules(base, k, v))
+    for title, change in {
+        "an epoch that is NaN": {"epoch": float("nan")},
+        "another epoch": {"epoch": 7},
+        "a huge loss": {"train_loss": 1.7e308},
+        "a column that cannot be written": {"x\ud800": 1.0},
+        "a column of formulas": {"$\\frac$": 1.0},
+    }.items():
+        yield _bytes("training", f"history with {title}", lambda base, c=change: _history(base, c))
+    yield _bytes("training", "best weights with negative variances", lambda base: _best_weights(base, _less))
 
 
 # Of the strange values these are right: full precision watches nothing, and three sums are those of one process.
@@ -888,6 +915,47 @@ def _changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
 def _moments(base: Base, change: Callable[[Tensor], Any]) -> bytes:
     optimizers = [_changed(optimizer, change) for optimizer in base.raw["training"]["optimizers"]]
     return _with(base, training=base.raw["training"] | {"optimizers": optimizers})
+
+
+def _states(base: Base, change: Callable[[dict], dict]) -> bytes:
+    """The state of each optimiser changed."""
+    optimizers = [each | {"state": change(each["state"])} for each in base.raw["training"]["optimizers"]]
+    return _with(base, training=base.raw["training"] | {"optimizers": optimizers})
+
+
+def _schedules(base: Base, key: str, value: object) -> bytes:
+    """A number changed wherever a schedule has it."""
+
+    def changed(state: Any) -> Any:
+        if isinstance(state, list):
+            return [changed(item) for item in state]
+        if not isinstance(state, dict):
+            return state
+        return {name: value if name == key else changed(item) for name, item in state.items()}
+
+    schedulers = changed(base.raw["training"]["schedulers"])
+    assert str(schedulers) != str(base.raw["training"]["schedulers"]), key
+    return _with(base, training=base.raw["training"] | {"schedulers": schedulers})
+
+
+def _history(base: Base, change: dict[str, float]) -> bytes:
+    history = base.raw["training"]["history"]
+    return _with(base, training=base.raw["training"] | {"history": [*history[:-1], history[-1] | change]})
+
+
+def _less(value: Tensor) -> Tensor:
+    return value - 9
+
+
+def _spread(value: Tensor) -> Tensor:
+    """Of the same shape and type, and all of it one number in memory."""
+    return torch.zeros(1, dtype=value.dtype).expand(value.shape)
+
+
+def _turned(value: Tensor) -> Tensor:
+    """Equal, and in memory the other way round."""
+    backwards = list(reversed(range(value.ndim)))
+    return value.permute(backwards).contiguous().permute(backwards)
 
 
 def _best_weights(base: Base, change: Callable[[Tensor], Any]) -> bytes:

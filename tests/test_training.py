@@ -32,6 +32,7 @@ from engine.checkpoint import BEST, FINAL, LAST
 from engine.cli import UserError
 from engine.evaluate import evaluate
 from engine.tracking import SignWatch
+from engine.training_state import moments_in_own_memory
 from models import BC
 from models.binaryconnect import binarize_model
 
@@ -523,6 +524,33 @@ def test_a_terminal_is_left_with_one_line_an_epoch(on_a_terminal: str) -> None:
     assert [line[:9] for line in shown if line.startswith("epoch")] == ["epoch 1/2", "epoch 2/2"]
     assert not any("|" in line for line in shown)
     assert any("ergebnis" in line for line in shown)
+
+
+@pytest.mark.parametrize("how", ["as saved", "in one place", "the other way round"])
+def test_moments_lie_in_memory_as_their_weights_do(how: str) -> None:
+    """Fused optimisers go through both side by side: another order would be other numbers, one place a crash."""
+    model = torch.nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    model(torch.rand(2, 3, 8, 8)).square().mean().backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    for moments in saved["state"].values():
+        if how == "in one place":
+            moments["exp_avg"] = torch.ones(1).expand(moments["exp_avg"].shape)
+            moments["exp_avg_sq"] = moments["exp_avg"]
+        elif how == "the other way round":
+            moments["exp_avg"] = (
+                moments["exp_avg"].mT.contiguous().mT if moments["exp_avg"].ndim > 1 else moments["exp_avg"]
+            )
+    made = moments_in_own_memory(saved, optimizer)
+    places = set()
+    for index, parameter in enumerate(model.parameters()):
+        for key, value in made["state"][index].items():
+            assert torch.equal(value, saved["state"][index][key])
+            assert key == "step" or value.stride() == parameter.stride()
+            places.add(value.data_ptr())
+    assert len(places) == 6
+    assert not places & {v.data_ptr() for moments in saved["state"].values() for v in moments.values()}
 
 
 @pytest.mark.parametrize("name", ["main", "main_binary"])
