@@ -82,6 +82,7 @@ def corpus() -> list[Case]:
         values,
         metadata,
         odd,
+        folding,
     )
     return [case for group in groups for case in group()]
 
@@ -628,6 +629,12 @@ def _reshape(key: str, *shape: int) -> Callable[[dict[str, Tensor]], object]:
     return lambda state: state.update({key: torch.zeros(shape)})
 
 
+def _four_bits() -> Tensor:
+    """Two numbers a byte; older versions of torch have no such type: there bytes."""
+    dtype = getattr(torch, "float4_e2m1fn_x2", torch.uint8)
+    return torch.zeros(10, dtype=torch.uint8).view(dtype)
+
+
 def _rename(old: str, new: str) -> Callable[[dict[str, Tensor]], object]:
     return lambda state: state.update({new: state.pop(old)})
 
@@ -661,11 +668,31 @@ def values() -> Iterator[Case]:
         "a dictionary in place of a tensor": _set("layer1.0.conv1.weight", {"a": torch.zeros(1)}),
         "a name that is a number": _set(5, torch.zeros(1)),
         "a name that is a tuple": _set(("a",), torch.zeros(1)),
+        "a bias in a format to store, not to compute with": _set("linear.bias", _four_bits()),
         "a name with escapes": _set("\x1b[2Jlinear\r\n", torch.zeros(1)),
         "no tensors": lambda state: state.clear(),
     }
     for title, change in changes.items():
         yield _bytes("values", title, lambda base, c=change: _state(base, c))
+
+
+def folding() -> Iterator[Case]:
+    """BatchNorms that are finite, and beyond float32 once they are multiplied out; to be scored, if that works."""
+    for title, weight, mean, bias in (
+        ("cancels", 1e4, 1e7, 1e11),
+        ("overflows in the shift", 1e38, 1e38, 0.0),
+    ):
+        change = {"bn1.weight": weight, "bn1.running_mean": mean, "bn1.bias": bias}
+        numbers = {"bn1.running_var": torch.ones(16)} | {
+            key: torch.full((16,), value) for key, value in change.items()
+        }
+        yield _bytes(
+            "folding",
+            title,
+            lambda base, n=numbers: _state(base, lambda state: state.update(n)),
+            harmless=True,
+            diverges="overflows" in title,  # as a teacher it is folded too
+        )
 
 
 METADATA = {
@@ -683,7 +710,7 @@ METADATA = {
         "binary_1bit",
     ),
     "arch": ("resnet32", "resnet21", "", 5, ["resnet20"], torch.ones(3), "../../etc/passwd", "y" * 100_000, "\n\n"),
-    "logit_scale": (0, -1.0, float("nan"), float("inf"), "1", None, [1.0], torch.ones(1), 1j),
+    "logit_scale": (0, -1.0, 1e300, float("nan"), float("inf"), "1", None, [1.0], torch.ones(1), 1j),
     "state_dict": (None, 5, [], {}, "abc", {"a": {"b": 1}}, torch.zeros(3)),
 }
 

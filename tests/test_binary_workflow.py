@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from networks import save_checkpoint, sha256
+from script_server import ScriptServer
 
 from engine import checkpoint
 from engine.checkpoint import BEST, BINARIZED, PACKED
@@ -96,6 +97,46 @@ def test_all_scripts_report_the_same_accuracy(workflow: dict) -> None:
 def test_the_example_shows_predictions(workflow: dict) -> None:
     assert workflow[SCRIPTS[2]].count("classified as") == 5
     assert "all 268,336 weights are -1 or +1" in workflow["packed example"]
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "option"),
+    [
+        ("eval_binarized.py", BINARIZED, "--output-dir"),
+        ("save_binary_model.py", PACKED, "--output-dir"),
+        ("save_binary_model.py", "m.onnx", "--onnx"),
+    ],
+)
+def test_what_is_read_is_never_overwritten(
+    script: str, name: str, option: str, workflow: dict, tmp_path: Path, scripts: ScriptServer
+) -> None:
+    shutil.copy(workflow["folder"] / BEST, tmp_path / name)
+    before = sha256(tmp_path / name)
+    target = tmp_path / name if option == "--onnx" else tmp_path
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link.pth").symlink_to(tmp_path / name)
+    child = scripts.run(script, "here/link.pth", option, target, cwd=tmp_path, expect=2)
+    assert "is the name of the file that is to be made" in child.errors
+    assert "here/link.pth" in child.errors
+    assert len(child.errors.splitlines()) == 1
+    assert sha256(tmp_path / name) == before
+
+
+STRANGE = "a$\\frac$ \u6a21\u578b \udcff.pth"  # a formula that is none, letters that no font has, no UTF-8
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [("analyze_binary_weights.py", []), ("eval.py", ["--plot", "page.png", "--limit-test", 20])],
+)
+def test_names_that_are_hard_to_draw(
+    script: str, options: list[object], workflow: dict, tmp_path: Path, small_data: Path, scripts: ScriptServer
+) -> None:
+    shutil.copy(workflow["folder"] / BEST, tmp_path / STRANGE)
+    env = {"CIFAR10_DIR": str(small_data)}
+    child = scripts.run(script, STRANGE, *options, cwd=tmp_path, env=env)
+    assert child.errors == ""
+    assert list(tmp_path.glob("*.png"))
 
 
 def test_a_terminal_that_knows_ascii_only_gets_words_for_check_marks(workflow: dict) -> None:

@@ -331,7 +331,7 @@ def _rates(epochs: int, warmup: float, peak: float, per_epoch: int) -> tuple[lis
     [
         ("main.py", ["--lr", 1e30]),
         ("main_binary.py", ["--lr", 1e30]),
-        ("main_binary.py", ["--optimizer", "sgd", "--latent-lr", 1e30, "--logit-scale", 1e38]),
+        ("main_binary.py", ["--optimizer", "sgd", "--latent-lr", 1e30, "--lr", 1e30, "--logit-scale", 1e6]),
     ],
 )
 def test_a_loss_that_is_not_finite_stops_the_run(
@@ -395,7 +395,13 @@ IMPOSSIBLE = [
 ]
 IMPOSSIBLE_BINARY = [
     *(["--latent-lr", "nan"], ["--latent-weight-decay", -1], ["--logit-scale", 0], ["--optimizer", "lbfgs"]),
-    *(["--temperature", 0], ["--teacher-weight", 1.5], ["--init", "none.pth"], ["--teacher", "none.pth"]),
+    *(
+        ["--temperature", 0],
+        ["--temperature", 1e200],
+        ["--teacher-weight", 1.5],
+        ["--init", "none.pth"],
+        ["--teacher", "none.pth"],
+    ),
     *(["--init", "small.pth", "--arch", "resnet32"], ["--teacher", "latent.pth"], ["--init", "."]),
     *(["--teacher", "empty.pth"], ["--init", "text.pth"]),
 ]
