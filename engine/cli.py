@@ -1,6 +1,6 @@
 """What every script's command line shares: options, one-line errors, the device, plain terminals.
 
-Exit statuses: 0 done, 2 a mistake that one line explains, 130 Ctrl-C, 143 SIGTERM.
+Exit statuses: 0 done, 2 a mistake that one line explains, 130 Ctrl-C, 141 the reader of the output has gone, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 EXIT_MISTAKE = 2
+EXIT_UNREAD = 141  # what a shell shows of a program that SIGPIPE has ended
 _LONGEST_MESSAGE = 2000
 PROBE = ".write-probe"
 
@@ -188,7 +189,13 @@ def _degrade(error: UnicodeError) -> tuple[str, int]:
 
 
 def use_plain_text_where_needed() -> None:
-    """Let check marks become `[ok]` and the like on a terminal or pipe that cannot encode them."""
+    """Let check marks become `[ok]` and the like on a terminal or pipe that cannot encode them.
+
+    Where a stream is closed (`>&-`), what is written to it goes nowhere.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - to the end of the process
     codecs.register_error("degrade", _degrade)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -230,7 +237,7 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         # The reader (`| head`) is gone: nothing is left to say; stop the interpreter's own flush from complaining.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(EXIT_UNREAD)
     except UserError as error:
         if debug:
             traceback.print_exc()

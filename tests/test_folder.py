@@ -69,6 +69,38 @@ def test_a_file_that_grows_too_large(child_environment: dict[str, str], small_da
     assert [path.name for path in tmp_path.iterdir()] == [".run.lock"]
 
 
+def test_a_run_that_nobody_reads_is_not_called_done(
+    child_environment: dict[str, str], small_data: Path, tmp_path: Path
+) -> None:
+    """As with `| head -1`: the first line that cannot be written ends it, and the status says so."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, ROOT / "main.py", *map(str, small_options(small_data))]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=child_environment, stdout=writing, stderr=subprocess.PIPE, timeout=400
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+    assert not (tmp_path / FINAL).exists()
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_closed_stream_is_no_error(
+    child_environment: dict[str, str], finished: Path, tmp_path: Path, closed: int
+) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "inspect_saved_model.py", finished / BEST],
+        cwd=tmp_path,
+        env=child_environment,
+        capture_output=True,
+        preexec_fn=lambda: os.close(closed),
+        timeout=400,
+    )
+    assert done.returncode == 0
+    assert done.stderr == b""
+    assert (b"resnet20" in done.stdout) == (closed == 2)
+
+
 def test_a_folder_that_cannot_be_written_to(scripts: ScriptServer, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "locked").mkdir(mode=0o555)
