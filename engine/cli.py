@@ -1,6 +1,6 @@
 """What every script's command line shares: options, one-line errors, the device, plain terminals.
 
-Exit statuses: 0 done, 2 a mistake that one line explains, 130 Ctrl-C, 141 the reader of the output has gone, 143 SIGTERM.
+Exit statuses: 0 done, 2 a mistake that one line explains, 130 Ctrl-C, 141 nobody reads the output, 143 SIGTERM.
 """
 
 from __future__ import annotations
