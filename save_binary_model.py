@@ -205,10 +205,10 @@ def main() -> None:
     content = pack(loaded, model, scores, keep_batchnorm=args.keep_batchnorm)
     path = folder / PACKED
     packed = checkpoint.load(args.checkpoint, content)  # as it will be in the file, before the file is there
+    prove_same_signs(model, packed.model(fold=False))
+    print("Unpacked and folded, on the same images:")
+    unpacked = score(packed.model(), data, args.batch_size, device, loaded.path)
     try:
-        prove_same_signs(model, packed.model(fold=False))
-        print("Unpacked and folded, on the same images:")
-        unpacked = score(packed.model(), data, args.batch_size, device, loaded.path)
         prove_same_logits(logits, unpacked[1])
     except RuntimeError as error:  # BatchNorm may hold numbers that float32 cannot fold
         raise UserError(f"{args.checkpoint}: cannot be packed: {error}") from error
