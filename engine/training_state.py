@@ -51,7 +51,7 @@ def check_training_state(
         _require(all(bool((value >= 0).all()) for value in variances), "best has negative variances")
     _require(isinstance(state["optimizers"], list) and len(state["optimizers"]) == len(optimizers), "optimizers")
     for saved, mine in zip(state["optimizers"], optimizers, strict=True):
-        _check_optimizer(saved, mine, begun=epoch + steps > 0)
+        _check_optimizer(saved, mine, begun=epoch + steps > 0, scaled=bool(state["scaler"]))
 
 
 def _require(condition: bool, what: str) -> None:
@@ -117,9 +117,12 @@ def _alike(value: Tensor, parameter: Tensor) -> bool:
     return (value.shape, value.dtype) == (parameter.shape, parameter.dtype)
 
 
-def _check_optimizer(saved: Any, mine: Optimizer, *, begun: bool) -> None:
+def _check_optimizer(saved: Any, mine: Optimizer, *, begun: bool, scaled: bool) -> None:
     """Its options are those of this run, its moments have the shapes of the parameters and are finite; each parameter
-    has them once training has begun."""
+    has them once training has begun.
+
+    scaled: the loss is scaled for float16, and steps whose gradients overflow are left out, the first ones as a rule.
+    """
     _require(isinstance(saved, dict) and saved.keys() == {"state", "param_groups"}, "optimizers: other entries")
     groups = mine.state_dict()["param_groups"]
     _check_form(saved["param_groups"], groups, "optimizers")
@@ -128,13 +131,18 @@ def _check_optimizer(saved: Any, mine: Optimizer, *, begun: bool) -> None:
             _require(key == "lr" or one[key] == other[key], f"optimizers: {key} is not that of this run")
     parameters = [p for group in mine.param_groups for p in group["params"]]
     _require(isinstance(saved["state"], dict), "optimizers: no state")
-    _require(set(saved["state"]) == set(range(len(parameters) if begun else 0)), "optimizers: not one state a weight")
+    every = set(range(len(parameters))) if begun else set()
+    none_yet = scaled and not saved["state"]
+    _require(set(saved["state"]) == every or none_yet, "optimizers: not one state a weight")
     for index, moments in saved["state"].items():
         _require(isinstance(moments, dict) and moments.keys() == _MOMENTS[type(mine)], "optimizers: other moments")
         for key, value in moments.items():
             wanted = torch.ones(()) if key == "step" else parameters[index]
             fits = isinstance(value, Tensor) and _alike(value, wanted) and bool(value.isfinite().all())
-            _require(fits and (key != "step" or value.item() >= 1), "optimizers: a moment that does not fit")
+            _require(
+                fits and (key != "step" or value.item() >= (0 if scaled else 1)),
+                "optimizers: a moment that does not fit",
+            )
 
 
 def moments_in_own_memory(saved: dict[str, Any], mine: Optimizer) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from engine.checkpoint import BEST, FINAL, LAST
 from engine.cli import UserError
 from engine.evaluate import evaluate
 from engine.tracking import SignWatch
-from engine.training_state import moments_in_own_memory
+from engine.training_state import _check_optimizer, moments_in_own_memory
 from models import BC
 from models.binaryconnect import binarize_model
 
@@ -530,6 +530,25 @@ def test_a_terminal_is_left_with_one_line_an_epoch(on_a_terminal: str) -> None:
     assert [line[:9] for line in shown if line.startswith("epoch")] == ["epoch 1/2", "epoch 2/2"]
     assert not any("|" in line for line in shown)
     assert any("ergebnis" in line for line in shown)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_first_steps_may_be_left_out_where_the_loss_is_scaled_only(scaled: bool) -> None:
+    """A run in float16 that is stopped after such steps has no moments, or moments of no step, and can be resumed."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([weight], fused=True)
+    weight.grad = torch.ones(3)
+    nothing = optimizer.state_dict()
+    optimizer.step()
+    stepped = optimizer.state_dict()
+    skipped = stepped | {"state": {0: stepped["state"][0] | {"step": torch.zeros(())}}}
+    _check_optimizer(stepped, optimizer, begun=True, scaled=scaled)
+    for saved in (nothing, skipped):
+        if scaled:
+            _check_optimizer(saved, optimizer, begun=True, scaled=scaled)
+        else:
+            with pytest.raises(ValueError, match="optimizers"):
+                _check_optimizer(saved, optimizer, begun=True, scaled=scaled)
 
 
 @pytest.mark.parametrize("how", ["as saved", "in one place", "the other way round"])
