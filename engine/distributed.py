@@ -7,7 +7,9 @@ saved.
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import importlib
 import inspect
 import os
 import sys
@@ -34,6 +36,8 @@ def start() -> None:
         return
     # gloo carries what concerns the host alone, also beside nccl: no question among processes waits for the device.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    # Functions of this module take the process group of the time of its import as their default, and would keep it.
+    importlib.import_module("torch.distributed.nn.functional")
     try:
         _store, own_rank, processes = next(dist.rendezvous("env://"))
         dist.init_process_group(backend, store=_store, rank=own_rank, world_size=processes)
@@ -47,8 +51,13 @@ def start() -> None:
 
 
 def stop() -> None:
+    """Leave the other processes, with nothing left of the process group.
+
+    Its threads end when the last reference goes; one that frees a tensor while the interpreter shuts down aborts.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()  # DistributedDataParallel, which holds the group too, is in reference cycles
 
 
 @contextmanager

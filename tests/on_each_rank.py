@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=2 tests/on_each_rank.py FOLDER SCRIPT OPTIONS ...
 
 Writes FOLDER/rank<N>.pth: `signs`, a digest of the binary weights of every BinaryConnect step; `weights`, the
-parameters after the last step.
+parameters after the last step. Fails where a thread of the process group has outlived the run.
 """
 
 from __future__ import annotations
@@ -42,3 +42,7 @@ script = ROOT / sys.argv[2]
 sys.argv = [str(script), *sys.argv[3:]]
 BC.binarization, Trainer.finish = binarise_and_note, note_and_finish
 runpy.run_path(str(script), run_name="__main__")
+
+# Such a thread may free a tensor while the interpreter shuts down, and then the process aborts: rarely, under load.
+for task in Path("/proc/self/task").glob("*/comm"):  # Linux
+    assert "gloo" not in task.read_text(encoding="utf-8"), "a thread of the process group has outlived the run"
