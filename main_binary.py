@@ -33,7 +33,7 @@ from models.bitpack import fold_normalisation
 
 def make_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Train a CIFAR-10 ResNet whose weights are one bit each, with BinaryConnect.")
-    add_training_options(parser, lr=0.1, weight_decay=1e-3)
+    add_training_options(parser, lr=0.1, weight_decay=1e-4)
     group = parser.add_argument_group("BinaryConnect (--lr and --weight-decay are those of all other parameters)")
     group.add_argument("--optimizer", choices=("adam", "sgd"), default="adam", help="optimiser of the latent weights")
     group.add_argument(
