@@ -43,8 +43,8 @@ def recorded_accuracies(loaded: Checkpoint) -> list[str]:
 def draw_title(figure: Any, title: str, **placed: Any) -> None:
     """The title of a matplotlib figure, which may hold the name of a file, and so any character and no formula."""
     warnings.filterwarnings("ignore", "Glyph .* missing from")  # the picture shows a box for it
-    shown = title.encode("utf-8", "replace").decode()
-    figure.suptitle("".join(c if c.isprintable() else "?" for c in shown), fontsize=14, parse_math=False, **placed)
+    shown = "".join(c if c.isprintable() else "?" for c in title)
+    figure.suptitle(shown, fontsize=14, parse_math=False, **placed)
 
 
 def counted(count: int, thing: str) -> str:
