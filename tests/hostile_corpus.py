@@ -904,7 +904,9 @@ def training() -> Iterator[Case]:
         "no moments but the step": lambda state: {i: {"step": torch.ones(())} for i in state},
         "moments without a name": lambda state: {i: {} for i in state},
         "moments of one weight only": lambda state: {0: state[0]},
-        "a step of 0": lambda state: {i: m | {"step": torch.zeros(())} for i, m in state.items()},
+        "a step of 0": lambda state: {
+            i: m | {"step": torch.zeros(())} if "step" in m else m for i, m in state.items()
+        },
     }.items():
         yield _bytes("training", title, lambda base, c=change: _states(base, c))
     for title, key, value in (
