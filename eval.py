@@ -20,7 +20,7 @@ from engine import checkpoint, cli, report, runtime
 from engine.checkpoint import BEST
 from engine.cli import UserError
 from engine.evaluate import Scores, evaluate
-from engine.files import atomic_write
+from engine.files import atomic_write, keep_source
 
 LATENT_NOTE = """\
 ⚠ These are latent weights. The BatchNorm statistics beside them come from
@@ -163,6 +163,8 @@ def main() -> None:
     runtime.keep_freed_memory()
     check_plot(args.plot)
     loaded = checkpoint.load(args.checkpoint)
+    if args.plot:
+        keep_source(args.checkpoint, args.plot)
     data = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
 
     print("\n".join(report.headline(loaded)))

@@ -18,6 +18,7 @@ from engine import binarised, checkpoint, cli
 from engine.checkpoint import BEST, BINARIZED, Checkpoint
 from engine.cli import UserError
 from engine.evaluate import Scores, evaluate
+from engine.files import keep_source
 from models import ResNetS
 from models.binaryconnect import is_binary
 from models.resnet_s import weight_layers
@@ -66,7 +67,7 @@ def main() -> None:
         raise UserError(
             f"{args.checkpoint}: its weights are binary already; score it with eval.py or load_binarized_example.py"
         )
-    binarised.keep_source(args.checkpoint, folder / BINARIZED)
+    keep_source(args.checkpoint, folder / BINARIZED)
     data = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
 
     print(f"{args.checkpoint}: {loaded.arch}, {loaded.kind} weights")

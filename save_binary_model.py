@@ -22,7 +22,7 @@ from engine import binarised, checkpoint, cli, onnx_export
 from engine.checkpoint import BEST, BINARIZED, BINARY_1BIT, PACKED, Checkpoint
 from engine.cli import UserError
 from engine.evaluate import Scores, evaluate
-from engine.files import atomic_write
+from engine.files import atomic_write, keep_source
 from models import ResNetS
 from models.bitpack import information_bytes, pack_model
 from models.resnet_s import weight_layers
@@ -192,9 +192,9 @@ def main() -> None:
     loaded = checkpoint.load(args.checkpoint)
     if loaded.kind == BINARY_1BIT:
         raise UserError(f"{args.checkpoint}: is packed already; give the checkpoint it was made from")
-    binarised.keep_source(args.checkpoint, folder / PACKED)
+    keep_source(args.checkpoint, folder / PACKED)
     if args.onnx:
-        binarised.keep_source(args.checkpoint, args.onnx)
+        keep_source(args.checkpoint, args.onnx)
     calibration = CALIBRATION_IMAGES if args.int8 else None
     data = cifar10.load(args.data_dir, train=args.int8, limit_train=calibration, limit_test=args.limit_test)
 
@@ -214,7 +214,7 @@ def main() -> None:
         raise UserError(f"{args.checkpoint}: cannot be packed: {error}") from error
     binarised.write(path, content, loaded.sha256)
     if path.read_bytes() != content:
-        raise RuntimeError(f"{path}: reads back other than it was written")
+        raise UserError(f"{path}: reads back other than it was written; is another process writing it too?")
     print(f"✓ Saved 1-bit model: {path}, {len(content):,} bytes")
     print_sizes(loaded, model, len(content), folder)
     if args.onnx:

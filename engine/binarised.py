@@ -26,12 +26,6 @@ def binarised_model(loaded: Checkpoint) -> ResNetS:
     return model
 
 
-def keep_source(source: Path, path: Path) -> None:
-    """Raises UserError where `path`, which is to be written, is the file that it is made from."""
-    if path.exists() and path.samefile(source):
-        raise UserError(f"{source}: is the name of the file that is to be made; rename it or give another place")
-
-
 def write(path: Path, content: bytes, source_sha256: str) -> None:
     """Write a file made from the checkpoint with that SHA-256; one made from any other is moved aside first.
 

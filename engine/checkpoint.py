@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from engine import untrusted
-from engine.cli import UserError, reason
+from engine.cli import UserError, is_out_of_memory, reason
 from engine.files import atomic_write
 from models.binaryconnect import is_binary
 from models.bitpack import KIND as BINARY_1BIT
@@ -165,7 +165,7 @@ def read(path: Path, content: bytes | None = None) -> tuple[Any, str]:
     except untrusted.Refused as error:
         raise UserError(f"{path}: refused: {error}; use another copy or make it again") from error
     except Exception as error:  # the readers that torch.load consists of raise whatever a damaged file leads them to
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise UserError(f"{path}: needs more memory than there is; close other programs") from error
         raise UserError(
             f"{path}: truncated, damaged or not a checkpoint; use another copy or make it again"

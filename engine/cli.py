@@ -165,9 +165,10 @@ def prepare_output_dir(folder: Path, option: str = "--output-dir") -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f"{PROBE}.tmp-{os.getpid()}"  # named as what remove_leftovers finds
         probe.write_bytes(b"")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # a run that begins in this folder now may have tidied it away
     except OSError as error:
-        raise UserError(f"{option} {folder}: cannot be written to: {reason(error)}") from error
+        why = "is not a folder" if os.path.lexists(folder) and not folder.is_dir() else reason(error)
+        raise UserError(f"{option} {folder}: cannot be written to: {why}") from error
     return folder
 
 
@@ -219,6 +220,19 @@ def _terminate(signum: int, _frame: object) -> None:
     raise Interrupted(signum, "Terminated.")
 
 
+def _ignore_signals() -> None:
+    """The interpreter is about to end: another signal would be a traceback in the midst of that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch says so in a RuntimeError, of a type of its own only for CUDA."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in ("allocate memory", "tried to allocate"))
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's main function and turn its errors into one line and an exit status."""
     use_plain_text_where_needed()
@@ -228,10 +242,12 @@ def run(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except Interrupted as stop:
+        _ignore_signals()
         if stop.message:
             print(stop.message, file=sys.stderr, flush=True)
         sys.exit(stop.exit_status)
     except KeyboardInterrupt:
+        _ignore_signals()
         print("Interrupted.", file=sys.stderr, flush=True)
         sys.exit(130)
     except BrokenPipeError:
@@ -242,10 +258,12 @@ def run(main: Callable[[], None]) -> None:
         if debug:
             traceback.print_exc()
         sys.exit(fail(str(error)))
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         if debug:
             traceback.print_exc()
-        sys.exit(fail(f"out of memory: {reason(error)}; use a smaller --batch-size or close other programs"))
+        sys.exit(fail("out of memory; close other programs or, where the script has it, use a smaller --batch-size"))
     except OSError as error:
         if debug:
             traceback.print_exc()

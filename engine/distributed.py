@@ -12,6 +12,8 @@ import hashlib
 import importlib
 import inspect
 import os
+import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -39,8 +41,9 @@ def start() -> None:
     # Functions of this module take the process group of the time of its import as their default, and would keep it.
     importlib.import_module("torch.distributed.nn.functional")
     try:
-        _store, own_rank, processes = next(dist.rendezvous("env://"))
-        dist.init_process_group(backend, store=_store, rank=own_rank, world_size=processes)
+        with _signals_end_it():
+            _store, own_rank, processes = next(dist.rendezvous("env://"))
+            dist.init_process_group(backend, store=_store, rank=own_rank, world_size=processes)
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the other processes cannot be joined ({reason(error)}); "
@@ -48,6 +51,18 @@ def start() -> None:
         ) from error
     if not is_writer():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open to the end of the process
+
+
+@contextmanager
+def _signals_end_it() -> Iterator[None]:
+    """Waiting for the other processes is C++: Python's handlers would not run before it is over."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def stop() -> None:
@@ -73,8 +88,10 @@ def one_message() -> Iterator[None]:
         if not is_writer():
             stop.message = ""
         raise
-    except Exception:
+    except Exception as error:
         if _first_to_fail():
+            if dist.is_initialized() and re.search("Connection (closed|reset) by peer", str(error)):
+                raise UserError("another process has ended; start all of them again, with --resume") from error
             raise
         time.sleep(0.5)  # torchrun ends all processes once one has ended: let the first finish its line
         sys.exit(EXIT_MISTAKE)

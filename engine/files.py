@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import os
 import socket
@@ -25,6 +27,7 @@ def atomic_write(path: Path, write: bytes | Callable[[IO[bytes]], Any]) -> None:
     write: the content, or a function that writes it to an open binary file.
     Raises UserError naming the file where it cannot be written; the old file then still stands.
     """
+    remove_leftovers(path.parent, [path.name], sole_writer=False)
     temporary = path.with_name(f"{path.name}{_TEMPORARY}{uuid.uuid4().hex[:8]}")  # does not end in .pth
     try:
         try:
@@ -62,12 +65,16 @@ def remove_leftovers(folder: Path, names: Iterable[str], *, sole_writer: bool) -
     otherwise only those of an hour ago and older go.
     """
     for name in names:
-        for path in folder.glob(f"{name}{_TEMPORARY}*"):
-            try:
+        for path in folder.glob(f"{glob.escape(name)}{_TEMPORARY}*"):
+            with contextlib.suppress(OSError):  # another process was faster, or it is not ours to delete
                 if sole_writer or time.time() - path.stat().st_mtime > _STALE_SECONDS:
                     path.unlink()
-            except OSError:
-                continue  # another process was faster, or it is not ours to delete
+
+
+def keep_source(source: Path, path: Path) -> None:
+    """Raises UserError where `path`, which is to be written, is the file that it is made from."""
+    if path.exists() and path.samefile(source):
+        raise UserError(f"{source}: is the name of the file that is to be made; rename it or give another place")
 
 
 def set_aside(folder: Path, names: Iterable[str]) -> Path | None:
@@ -82,7 +89,7 @@ def set_aside(folder: Path, names: Iterable[str]) -> Path | None:
     target, gathering = _make_target(folder)
     for path in present:
         try:
-            os.replace(path, gathering / path.name)
+            _move(path, gathering / path.name)
         except OSError as error:
             raise UserError(f"{path}: cannot be moved to {gathering}: {reason(error)}") from error
     try:
@@ -93,6 +100,14 @@ def set_aside(folder: Path, names: Iterable[str]) -> Path | None:
     return target
 
 
+def _move(path: Path, to: Path) -> None:
+    if path.is_symlink() and not os.path.isabs(os.readlink(path)):  # from another folder it would lead elsewhere
+        os.symlink(os.path.realpath(path), to)
+        path.unlink()
+    else:
+        os.replace(path, to)
+
+
 def _make_target(folder: Path) -> tuple[Path, Path]:
     """A name that is free, and the folder, made now, that will bear it."""
     number = 0
@@ -100,7 +115,7 @@ def _make_target(folder: Path) -> tuple[Path, Path]:
         number += 1
         target = folder / f"previous-{number}"
         gathering = folder / f"previous-{number}{_GATHERING}"
-        if target.exists():
+        if os.path.lexists(target):
             continue
         try:
             gathering.mkdir()
@@ -114,13 +129,16 @@ def _make_target(folder: Path) -> tuple[Path, Path]:
 def undo_unfinished_moves(folder: Path) -> None:
     """Put back what a killed `set_aside` had moved so far, so that the set is whole again. Needs the folder lock.
 
-    Raises UserError where that cannot be done.
+    Where one of the names is taken again, the move is finished instead. Raises UserError where neither can be done.
     """
     for gathering in folder.glob(f"previous-*{_GATHERING}"):
         try:
+            if any(os.path.lexists(folder / path.name) for path in gathering.iterdir()):
+                target, reserved = _make_target(folder)
+                os.rename(gathering, target)
+                reserved.rmdir()
+                continue
             for path in gathering.iterdir():
-                if os.path.lexists(folder / path.name):
-                    raise UserError(f"{path}: left by an interrupted move, and {path.name} exists; move one away")
                 os.replace(path, folder / path.name)
             gathering.rmdir()
         except OSError as error:
@@ -138,7 +156,7 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.path = folder / self.NAME
         try:
-            self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the run lasts
+            self._file = open(self.path, "a+", encoding="utf-8", opener=_no_link)  # noqa: SIM115 - for the whole run
         except OSError as error:
             raise UserError(f"{self.path}: cannot be opened: {reason(error)}") from error
         if not try_lock(self._file):
@@ -147,6 +165,7 @@ class FolderLock:
             raise UserError(
                 f"{folder}: another run is using this folder ({holder}); give this one its own --output-dir"
             )
+        self.check()
         self._file.seek(1)
         self._file.truncate()
         about = {
@@ -166,6 +185,18 @@ class FolderLock:
         except (OSError, ValueError, KeyError, TypeError):
             return "its process has not said which it is"
 
+    def check(self) -> None:
+        """Raises UserError where the folder's lock is another than ours: what is in that folder is not this run's."""
+        try:
+            if os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno())):
+                return
+        except OSError:
+            pass
+        raise UserError(
+            f"{self.path.parent}: was removed, renamed or replaced while this run wrote to it; "
+            "where its checkpoint_last.pth still exists, go on with --resume there"
+        )
+
     def release(self) -> None:
         self._file.close()
 
@@ -174,6 +205,11 @@ class FolderLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Opens for `open`; what a link leads to would be overwritten."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def try_lock(file: IO[str]) -> bool:

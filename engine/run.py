@@ -6,6 +6,7 @@ Everything that can be refused is refused in `Run.start`, before any data is fet
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -156,12 +157,18 @@ class Run:
 
     def resumes_its_own_folder(self) -> bool:
         """Whether the checkpoint that is resumed is this folder's own: the files beside it are then of this run."""
-        return self.resumed is not None and self.resumed.path.resolve() == (self.folder / LAST).resolve()
+        return self.resumed is not None and _place(self.resumed.path) == _place(self.folder / LAST)
+
+    def check_folder(self) -> None:
+        """To be called before anything is written there: see `FolderLock.check`."""
+        if self.lock:
+            self.lock.check()
 
     def make_room(self) -> None:
         """Move the files of an earlier run in this folder aside; a teacher among them is then found there."""
         if not distributed.is_writer():
             return
+        self.check_folder()
         moved = set_aside(self.folder, RUN_FILES)
         if not moved:
             return
@@ -226,6 +233,11 @@ class Run:
         full = args.batch_size // distributed.world_size()
         compiled = torch.compile(plain, dynamic=False)
         return lambda images: (compiled if len(images) == full else plain)(images)
+
+
+def _place(path: Path) -> tuple[str, str]:
+    """Folder and name. The file may be a link to another folder's, but what lies beside it is what matters."""
+    return os.path.realpath(path.parent), path.name
 
 
 def _load_resumable(path: Path, kind: str) -> checkpoints.Checkpoint:

@@ -230,6 +230,7 @@ class Trainer:
             self._write_last(self.checkpoint(self.epoch, self.latest_metrics(), training=state))
 
     def _write_last(self, content: dict[str, Any]) -> None:
+        self.run.check_folder()
         checkpoints.save(self.run.folder / LAST, content)
         self.saved = (self.epoch, self.steps_done)
 
@@ -239,6 +240,7 @@ class Trainer:
     def save_best(self) -> None:
         """Write best_model.pth from the best weights kept in memory, which checkpoint_last.pth holds too."""
         if distributed.is_writer() and self.best:
+            self.run.check_folder()
             checkpoints.save(self.run.folder / BEST, self._best_content())
 
     def _best_content(self) -> dict[str, Any]:
@@ -433,6 +435,7 @@ class Trainer:
     def write_records(self, *, always: bool = False) -> None:
         if not distributed.is_writer() or not self.history:
             return
+        self.run.check_folder()
         write_metrics(self.run.folder, self.history)
         if always or time.perf_counter() - self._curves_drawn > _CURVES_SECONDS:
             how = "full precision" if self.run.kind == "float" else "BinaryConnect, scored with binary weights"
@@ -491,6 +494,7 @@ class Trainer:
         except UserError:
             same = False
         if not same:
+            self.run.check_folder()
             checkpoints.save(path, content)
 
 

@@ -23,6 +23,7 @@ _MOST_OPERATIONS = 1_000_000  # of the pickles in one file; the largest checkpoi
 _MOST_PARTS = 50_000  # of the archive
 _MOST_VALUES = 200_000  # lists that share or hold themselves stand for endlessly many
 _DEEPEST = 50
+_MOST_SHARED = 4  # times the size of the file: tensors may share a storage, a million of them too
 _MOST_DIMENSIONS = 8
 _LEGACY_PICKLES = 5  # magic number, protocol, system, the object itself, the storages' names
 
@@ -210,7 +211,7 @@ class _Plain:
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._values = limit, 0
+        self._limit, self._values, self._bytes = limit, 0, 0
 
     def of(self, value: Any, depth: int = 0) -> Any:
         self._values += 1
@@ -246,4 +247,7 @@ class _Plain:
             raise Refused(f"it holds a tensor of type {value.dtype}, with which nothing can be computed")
         if value.numel() * value.element_size() > self._limit:
             raise Refused(f"it holds a tensor of shape {tuple(value.shape)}, larger than the file")
+        self._bytes += value.numel() * value.element_size()
+        if self._bytes > _MOST_SHARED * self._limit:
+            raise Refused("it holds too many tensors that share one place in memory")
         return value.detach().resolve_conj().resolve_neg()

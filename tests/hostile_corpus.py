@@ -648,6 +648,9 @@ def values() -> Iterator[Case]:
         for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64):
             changes[f"{key} as {dtype}"] = _cast(key, dtype)
     changes |= {
+        "many views of one memory": lambda state: state.update(
+            {f"extra.{i}": shared for shared in [torch.zeros(100_000)] for i in range(400)}
+        ),
         "a counter as float": _cast("bn1.num_batches_tracked", torch.float32),
         "a counter as vector": _reshape("bn1.num_batches_tracked", 16),
         "a negative variance": _fill("layer1.0.bn1.running_var", -1e-3),

@@ -13,7 +13,7 @@ import torch
 from networks import save_checkpoint, sha256
 from script_server import ScriptServer
 
-from engine import checkpoint
+from engine import binarised, checkpoint
 from engine.checkpoint import BEST, BINARIZED, PACKED
 from engine.cli import UserError
 from models.binaryconnect import binary_sign
@@ -105,6 +105,7 @@ def test_the_example_shows_predictions(workflow: dict) -> None:
         ("eval_binarized.py", BINARIZED, "--output-dir"),
         ("save_binary_model.py", PACKED, "--output-dir"),
         ("save_binary_model.py", "m.onnx", "--onnx"),
+        ("eval.py", "m.png", "--plot"),
     ],
 )
 def test_what_is_read_is_never_overwritten(
@@ -112,7 +113,7 @@ def test_what_is_read_is_never_overwritten(
 ) -> None:
     shutil.copy(workflow["folder"] / BEST, tmp_path / name)
     before = sha256(tmp_path / name)
-    target = tmp_path / name if option == "--onnx" else tmp_path
+    target = tmp_path if option == "--output-dir" else tmp_path / name
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "link.pth").symlink_to(tmp_path / name)
     child = scripts.run(script, "here/link.pth", option, target, cwd=tmp_path, expect=2)
@@ -120,6 +121,24 @@ def test_what_is_read_is_never_overwritten(
     assert "here/link.pth" in child.errors
     assert len(child.errors.splitlines()) == 1
     assert sha256(tmp_path / name) == before
+
+
+def test_a_file_that_another_process_writes_too_is_noticed(
+    workflow: dict, tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "sys.argv", ["save_binary_model", str(workflow["folder"] / BEST), "--data-dir", str(small_data)]
+    )
+    write = binarised.write
+
+    def then_another_writes(path: Path, *more: object) -> None:
+        write(path, *more)
+        path.write_bytes(b"another's")
+
+    monkeypatch.setattr(binarised, "write", then_another_writes)
+    with pytest.raises(UserError, match=rf"{PACKED}: reads back other than it was written; is another process"):
+        importlib.import_module("save_binary_model").main()
 
 
 STRANGE = "a$\\frac$ \u6a21\u578b \udcff.pth"  # a formula that is none, letters that no font has, no UTF-8

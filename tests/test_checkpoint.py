@@ -257,6 +257,16 @@ def test_binary_weights_of_others_are_recognised(tmp_path):
     assert checkpoint.load(torch_saved(tmp_path / "a.pth", BINARY_STATE)).kind == "binary"
 
 
+def test_tensors_that_share_memory_are_not_taken_without_end(tmp_path):
+    """In the file each costs a hundred bytes, for whoever looks at them or converts them as much as the first."""
+    shared = torch.zeros(100_000)
+    torch.save({f"{i}": shared for i in range(3)}, tmp_path / "few.pth")
+    torch.save({f"{i}": shared for i in range(5)}, tmp_path / "many.pth")
+    assert len(checkpoint.read(tmp_path / "few.pth")[0]) == 3
+    with pytest.raises(UserError, match=r"many\.pth: refused: it holds too many tensors that share one place"):
+        checkpoint.read(tmp_path / "many.pth")
+
+
 def test_tensors_that_share_memory_or_need_gradients(tmp_path):
     whole = torch.randn(10, 2, 64, requires_grad=True)
     state = STATE | {"linear.weight": whole[:, 1]}

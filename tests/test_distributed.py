@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -254,3 +256,62 @@ def test_an_error_in_one_process_ends_all(
     assert "another run is using this folder" in ours[0]
     assert 'main.py", line' not in done.stderr  # no traceback of ours
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_wait_for_the_others(
+    signum: signal.Signals, tmp_path: Path, child_environment: dict[str, str]
+) -> None:
+    """One of two processes is started, alone: nothing is there to be saved."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), "--wandb", "disabled"],
+        cwd=tmp_path,
+        env=child_environment
+        | {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)},
+        stderr=subprocess.PIPE,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while True:  # the store listens: the process waits
+            with socket.socket() as caller:
+                if caller.connect_ex(("localhost", port)) == 0:
+                    break
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(signum)
+        assert process.wait(timeout=10) == -signum
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_end_of_another_process_is_one_line(
+    tmp_path: Path, small_data: Path, child_environment: dict[str, str]
+) -> None:
+    """As when the system, out of memory, has killed it."""
+    process = subprocess.Popen(
+        command("main.py", tmp_path, small_data, *OPTIONS[2:], "--epochs", "500"),
+        env=child_environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    try:
+        assert any(line.startswith("epoch") for line in process.stdout)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ranks = {
+            int(re.search(rb"\0RANK=(\d+)\0", Path(f"/proc/{child}/environ").read_bytes())[1]): int(child)
+            for child in children
+            if b"\0RANK=" in Path(f"/proc/{child}/environ").read_bytes()
+        }
+        os.kill(ranks[1], signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert "Error: another process has ended; start all of them again, with --resume" in errors
+    assert "engine/" not in errors, errors  # no traceback of ours

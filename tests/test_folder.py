@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,41 @@ def test_a_folder_that_vanishes(scripts: ScriptServer, small_data: Path, tmp_pat
     assert child.wait_until(lambda: "\nepoch" in child.output)
     shutil.rmtree(folder, ignore_errors=True)
     assert child.wait() == 2, child.errors
-    assert "cannot be written: No such file or directory" in one_line(child.errors)
+    said = one_line(child.errors)
+    assert f"{folder}: was removed, renamed or replaced" in said or "cannot be written: No such file or" in said
+
+
+@pytest.mark.parametrize("gone", [shutil.rmtree, lambda folder: folder.rename(f"{folder}-old")], ids=["rm", "mv"])
+def test_a_folder_that_is_replaced(
+    scripts: ScriptServer, small_data: Path, tmp_path: Path, gone: Callable[[Path], object]
+) -> None:
+    """The run that has lost its folder writes nothing into the one that another run has made in its place."""
+    folder = tmp_path / "out"
+    first = scripts.start("main.py", *small_options(small_data, epochs=500), "--output-dir", folder, cwd=tmp_path)
+    assert first.wait_until(lambda: "\nepoch" in first.output)
+    first.send(signal.SIGSTOP)
+    gone(folder)
+    options = [*small_options(small_data, epochs=2), "--seed", 1, "--output-dir", folder]
+    scripts.run("main.py", *options, cwd=tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    first.send(signal.SIGCONT)
+    assert first.wait() == 2, first.errors
+    assert f"{folder}: was removed, renamed or replaced while this run wrote to it" in one_line(first.errors)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_beside_a_link_to_the_checkpoint_lie_files_of_another_run(
+    scripts: ScriptServer, small_data: Path, tmp_path: Path, finished: Path
+) -> None:
+    """They are moved aside, as those beside a copy of it are."""
+    shutil.copytree(finished, tmp_path / "source")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / LAST).symlink_to(tmp_path / "source" / LAST)
+    (tmp_path / "out" / BEST).write_bytes(b"another run's")
+    options = ["--resume", tmp_path / "source" / LAST, "--output-dir", tmp_path / "out", "--data-dir", small_data]
+    scripts.run("main.py", *options, "--wandb", "disabled", cwd=tmp_path)
+    assert (tmp_path / "out" / "previous-1" / BEST).read_bytes() == b"another run's"
+    assert differences(essence(tmp_path / "source"), essence(finished)) == []
 
 
 def test_two_runs_in_one_folder(scripts: ScriptServer, small_data: Path, tmp_path: Path) -> None:
@@ -194,11 +229,45 @@ def test_set_aside_names_what_cannot_be_moved(tmp_path: Path, monkeypatch: pytes
     assert [path.name for path in tmp_path.iterdir()] == [BEST]
 
 
-def test_an_unfinished_move_that_cannot_be_undone_is_named(tmp_path: Path) -> None:
+def test_an_unfinished_move_is_finished_where_it_cannot_be_undone(tmp_path: Path) -> None:
+    """A packer killed while it moved a file aside, and run again, has made that file anew."""
     (tmp_path / "previous-1.part").mkdir()
-    (tmp_path / "previous-1.part" / FINAL).write_bytes(b"old")
+    for name in (FINAL, BEST):
+        (tmp_path / "previous-1.part" / name).write_bytes(b"old")
     (tmp_path / FINAL).write_bytes(b"new")
-    with pytest.raises(UserError, match="left by an interrupted move"):
-        files.undo_unfinished_moves(tmp_path)
-    assert (tmp_path / FINAL).read_bytes() == b"new"
-    assert (tmp_path / "previous-1.part" / FINAL).read_bytes() == b"old"
+    files.undo_unfinished_moves(tmp_path)
+    found = {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*.pth")}
+    assert found == {FINAL: b"new", f"previous-2/{FINAL}": b"old", f"previous-2/{BEST}": b"old"}
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_links_are_moved_aside_as_files_are(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "a.pth").write_bytes(b"1")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / BEST).symlink_to("../store/a.pth")
+    (folder / FINAL).symlink_to("nowhere")
+    (folder / "previous-1").symlink_to("gone")
+    assert files.set_aside(folder, [BEST, FINAL]) == folder / "previous-2"
+    assert (folder / "previous-2" / BEST).read_bytes() == b"1"
+    assert sorted(path.name for path in folder.iterdir()) == ["previous-1", "previous-2"]
+
+
+def test_the_lock_does_not_write_through_a_link(tmp_path: Path) -> None:
+    precious = tmp_path / "precious.txt"
+    precious.write_text("precious")
+    (tmp_path / files.FolderLock.NAME).symlink_to(precious)
+    with pytest.raises(UserError, match=r"\.run\.lock: cannot be opened"):
+        files.FolderLock(tmp_path)
+    assert precious.read_text() == "precious"
+
+
+def test_what_was_left_an_hour_ago_goes_with_the_next_write(tmp_path: Path) -> None:
+    old, new, other = (tmp_path / name for name in ("a[1].png.tmp-1", "a[1].png.tmp-2", "b.png.tmp-1"))
+    for path in (old, new, other):
+        path.write_bytes(b"")
+    for path in (old, other):
+        os.utime(path, (1, 1))
+    files.atomic_write(tmp_path / "a[1].png", b"")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a[1].png", "a[1].png.tmp-2", "b.png.tmp-1"]

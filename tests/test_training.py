@@ -14,6 +14,7 @@ import signal
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ import cifar10
 import main
 import main_binary
 from engine import checkpoint as checkpoints
-from engine import runtime, training
+from engine import cli, runtime, training
 from engine.checkpoint import BEST, FINAL, LAST
 from engine.cli import UserError
 from engine.evaluate import evaluate
@@ -576,6 +577,20 @@ def test_moments_lie_in_memory_as_their_weights_do(how: str) -> None:
             places.add(value.data_ptr())
     assert len(places) == 6
     assert not places & {v.data_ptr() for moments in saved["state"].values() for v in moments.values()}
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**50), lambda: bytes(2**60)], ids=["torch", "python"])
+def test_out_of_memory_is_one_line(allocate: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            cli.run(allocate)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert end.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("Error: out of memory; ")
+    assert errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["main", "main_binary"])
