@@ -278,7 +278,7 @@ def test_the_end_reports_both_epochs(binary_run: Path, small_data: Path) -> None
 
 def test_the_resolved_configuration_is_saved(binary_run: Path) -> None:
     wanted = {
-        **{"arch": "resnet20", "epochs": 3, "lr": 0.1, "weight_decay": 0.001, "label_smoothing": 0.1},
+        **{"arch": "resnet20", "epochs": 3, "lr": 0.1, "weight_decay": 0.0001, "label_smoothing": 0.1},
         **{"warmup_epochs": 1.0, "seed": 0, "batch_size": 8, "val_size": 0, "limit_train": 30, "limit_test": 20},
         **{"compile": False, "precision": "auto", "stochastic": False, "init": None, "teacher": None},
     }
