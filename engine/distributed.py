@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,6 +27,9 @@ from torch import Tensor, nn
 from engine.cli import EXIT_MISTAKE, Interrupted, UserError, reason
 
 _store: dist.Store | None = None  # a few values that all processes see, also when some of them have failed
+# What the group's threads were given last. To free such a tensor while Python does not hold it they need the
+# interpreter's lock: once it shuts down, or waits for them to end, that would abort or hang the process.
+_given: deque[Tensor] = deque(maxlen=64)
 
 
 def start() -> None:
@@ -66,13 +70,11 @@ def _signals_end_it() -> Iterator[None]:
 
 
 def stop() -> None:
-    """Leave the other processes, with nothing left of the process group.
-
-    Its threads end when the last reference goes; one that frees a tensor while the interpreter shuts down aborts.
-    """
+    """Leave the other processes; the threads of the process group end with its last reference."""
     if dist.is_initialized():
         dist.destroy_process_group()
         gc.collect()  # DistributedDataParallel, which holds the group too, is in reference cycles
+        _given.clear()
 
 
 @contextmanager
@@ -138,6 +140,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of `value` over all processes, on every one of them; `value` itself is not changed."""
     total = value.clone()
     if dist.is_initialized():
+        _given.append(total)
         dist.all_reduce(total)
     return total
 
@@ -146,6 +149,7 @@ def all_ranks(value: Tensor) -> Tensor:
     """The processes' values in the order of their ranks, on every one of them: (...) -> (processes, ...)."""
     values = [value.clone() for _ in range(world_size())]
     if dist.is_initialized():
+        _given.extend([*values, value])
         dist.all_gather(values, value)
     return torch.stack(values)
 
@@ -167,6 +171,7 @@ def any_rank(flag: int) -> int:
     if not dist.is_initialized():
         return flag
     value = torch.tensor(flag)
+    _given.append(value)
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return int(value)
 
@@ -187,6 +192,7 @@ def copy_buffers_from_writer(model: nn.Module) -> None:
     """Give all processes the writer's BatchNorm statistics, so that what they score is the network that is saved."""
     if dist.is_initialized():
         for buffer in model.buffers():
+            _given.append(buffer)
             dist.broadcast(buffer, src=0)
 
 
