@@ -221,7 +221,7 @@ def _terminate(signum: int, _frame: object) -> None:
 
 
 def _ignore_signals() -> None:
-    """The interpreter is about to end: another signal would be a traceback in the midst of that."""
+    """The process is about to end, with its own status: another signal would be a traceback in the midst of that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -239,15 +239,16 @@ def run(main: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, _terminate)  # so that what must be cleaned up is
     debug = "--debug" in sys.argv
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+            sys.stdout.flush()
+        finally:
+            _ignore_signals()
     except Interrupted as stop:
-        _ignore_signals()
         if stop.message:
             print(stop.message, file=sys.stderr, flush=True)
         sys.exit(stop.exit_status)
     except KeyboardInterrupt:
-        _ignore_signals()
         print("Interrupted.", file=sys.stderr, flush=True)
         sys.exit(130)
     except BrokenPipeError:

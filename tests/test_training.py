@@ -581,16 +581,36 @@ def test_moments_lie_in_memory_as_their_weights_do(how: str) -> None:
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(2**50), lambda: bytes(2**60)], ids=["torch", "python"])
 def test_out_of_memory_is_one_line(allocate: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> None:
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(SystemExit) as end:
             cli.run(allocate)
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     assert end.value.code == 2
     errors = capsys.readouterr().err
     assert errors.startswith("Error: out of memory; ")
     assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("ending", "status"), [("raise cli.UserError('wrong')", 2), ("pass", 0)])
+def test_a_signal_while_the_interpreter_shuts_down(
+    signum: int, ending: str, status: int, child_environment: dict[str, str]
+) -> None:
+    """As torchrun sends it to the others once one process has failed."""
+    code = f"""
+import atexit, os
+from engine import cli
+atexit.register(lambda: os.kill(os.getpid(), {signum:d}))
+def main():
+    {ending}
+cli.run(main)
+"""
+    root = Path(main.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=child_environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (status, b"Error: wrong\n" if status else b"")
 
 
 @pytest.mark.parametrize("name", ["main", "main_binary"])
