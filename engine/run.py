@@ -219,23 +219,20 @@ class Run:
     def wrap(self, network: nn.Module, train_images: int) -> Callable[[Tensor], Tensor]:
         """The network as the step calls it: over several processes and compiled, where that is wanted.
 
-        This decides whether the run is compiled. The shapes are static, those of full batches: the short last batch
-        of an epoch takes the plain network, as compiling a second time for it would take longer than it saves.
+        Compiled with static shapes, for full batches. The short last batch of an epoch takes the plain network:
+        compiling a second time for it would take longer than it saves.
         """
         args = self.args
         was = self.resumed.raw["training"]["compiled"] if self.resumed else None
         self.compiled, notice = runtime.choose_compile(args.compile, self.device, train_images * args.epochs, was=was)
         if notice:
             self.say(notice)
-        return self.compile(distributed.data_parallel(network, self.device))
-
-    def compile(self, network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """The network, compiled for this process's share of a full batch if the run is compiled (see `wrap`)."""
+        plain = distributed.data_parallel(network, self.device)
         if not self.compiled:
-            return network
-        full = self.args.batch_size // distributed.world_size()
-        compiled = torch.compile(network, dynamic=False)
-        return lambda images: (compiled if len(images) == full else network)(images)
+            return plain
+        full = args.batch_size // distributed.world_size()
+        compiled = torch.compile(plain, dynamic=False)
+        return lambda images: (compiled if len(images) == full else plain)(images)
 
 
 def _place(path: Path) -> tuple[str, str]:
