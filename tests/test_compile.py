@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import save_checkpoint
 
 from engine import runtime
 from engine.cli import UserError
@@ -48,9 +49,10 @@ def test_compiled_run_is_resumed_bit_for_bit(
     run_script: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     """250 images in batches of 64: the short batch at the end of an epoch must not change how the others are
-    computed, which a run resumed after it would not repeat."""
+    computed, which a run resumed after it would not repeat. With a teacher, which is compiled too."""
+    teacher = save_checkpoint(tmp_path / "teacher.pth", "float")
     options = ["--data-dir", str(small_data), "--wandb", "disabled"]
-    fresh = [*options, "--epochs", "3", "--batch-size", "64", "--compile"]
+    fresh = [*options, "--epochs", "3", "--batch-size", "64", "--compile", "--teacher", str(teacher)]
     straight = run_script(
         "main_binary.py",
         *fresh,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,56 @@ def test_requirements_are_the_six() -> None:
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     names = {re.split(r"[<>=~!]", line)[0].strip() for line in lines if line and not line.startswith("#")}
     assert names == {"torch", "torchvision", "tqdm", "matplotlib", "wandb", "numpy"}
+
+
+def fits(shown: list[str], printed: list[str]) -> str:
+    """Where the output in the README is not what was printed, or nothing. `[...` in the README stands for any lines.
+
+    Numbers may differ by 1 in 2,000, one image of the test set in most figures, and those with an exponent by any
+    amount: rounding depends on the machine.
+    """
+    skipping = False
+    for line in shown:
+        if line.startswith("[..."):
+            skipping = True
+            continue
+        while skipping and printed and not same_line(line, printed[0]):
+            printed = printed[1:]
+        if not printed or not same_line(line, printed[0]):
+            return f"the README has {line!r}, printed is {printed[:1]}"
+        printed, skipping = printed[1:], False
+    return "" if skipping or not printed else f"not in the README: {printed}"
+
+
+def same_line(shown: str, printed: str) -> bool:
+    number = r"\d[\d,]*\.?\d*(?:e[-+]\d+)?"
+    if re.sub(number, "0", shown).split() != re.sub(number, "0", printed).split():
+        return False
+    pairs = zip(re.findall(number, shown), re.findall(number, printed), strict=True)
+    return all(
+        "e" in a or float(a.replace(",", "")) == pytest.approx(float(b.replace(",", "")), rel=5e-4, abs=1e-3)
+        for a, b in pairs
+    )
+
+
+def test_other_output_is_noticed() -> None:
+    shown = ["Test Accuracy: 90.00%", "[... more ...]", "✓ Saved: 41,253 bytes"]
+    assert fits(shown, ["Test Accuracy: 90.01%", "a", "b", "✓ Saved: 41,253 bytes"]) == ""
+    assert "90.0" in fits(shown, ["Test Accuracy: 89.90%", "a", "✓ Saved: 41,253 bytes"])
+    assert "41,253" in fits(shown, ["Test Accuracy: 90.00%", "a", "✗ Saved: 41,253 bytes"])
+    assert "not in the README" in fits(shown, ["Test Accuracy: 90.00%", "✓ Saved: 41,253 bytes", "and more"])
+
+
+@pytest.mark.real_data
+def test_the_commands_print_what_the_readme_shows(real_data: Path, scripts: ScriptServer, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "pretrained", tmp_path / "pretrained")
+    steps = []
+    for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL):
+        for step in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, *shown = step.rstrip().splitlines()
+            steps.append((command, shown))
+    assert len(steps) > 3
+    for command, shown in steps:
+        script, *options = shlex.split(command)[1:]
+        printed = scripts.run(script, *options, cwd=tmp_path, env={"CIFAR10_DIR": str(real_data)}).output
+        assert fits(shown, printed.rstrip().splitlines()) == "", command
