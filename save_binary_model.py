@@ -2,7 +2,7 @@
 
     python3 save_binary_model.py                              pack best_model.pth
     python3 save_binary_model.py best_model_binarized.pth     a file of eval_binarized.py gives the same bits
-    python3 save_binary_model.py --keep-batchnorm             keep BatchNorm as it is, for further training
+    python3 save_binary_model.py --keep-batchnorm             keep BatchNorm as it is, unfolded
     python3 save_binary_model.py --onnx model.onnx --int8     an ONNX file too, its weights one bit each as well
 
 Writes best_model_binary_1bit.pth, 33,542 bytes of signs for a ResNet-20 and, in float32, a scale and a shift for each
@@ -28,7 +28,8 @@ from models.bitpack import information_bytes, pack_model
 from models.resnet_s import weight_layers
 
 CALIBRATION_IMAGES = 1000
-INT8_LOSS = 0.2  # percentage points of accuracy that 8-bit activations may cost
+INT8_LOSS = 0.2  # percentage points of accuracy that 8-bit activations may cost,
+INT8_IMAGES = 3  # or so many images: of few, one is much
 
 
 def make_parser() -> cli.ArgumentParser:
@@ -39,7 +40,7 @@ def make_parser() -> cli.ArgumentParser:
     parser.add_argument(
         "--keep-batchnorm",
         action="store_true",
-        help="store BatchNorm as it is instead of one scale and one shift a channel: for further training",
+        help="store BatchNorm as it is instead of one scale and one shift a channel",
     )
     group = parser.add_argument_group("ONNX (needs requirements-onnx.txt)")
     group.add_argument(
@@ -74,7 +75,6 @@ def score(
         batches = zip(test.images.split(batch_size), test.labels.split(batch_size), strict=True)
     else:
         batches = cifar10.eval_batches(test, batch_size, device)
-    torch.backends.cudnn.allow_tf32 = False  # its 10-bit products would hide what is compared here
     placed = model.to(device, memory_format=torch.channels_last)
     handle = placed.register_forward_hook(lambda _module, _inputs, output: logits.append(output.float().cpu()))
     scores = evaluate(placed, batches, len(test), progress="test", path=path)
@@ -156,7 +156,8 @@ def save_onnx(
 ) -> None:
     """Export the packed network to args.onnx, once it is shown to classify as `expected`, the same in torch.
 
-    Raises UserError where 8-bit activations cost more than INT8_LOSS, RuntimeError where the float form differs.
+    Raises UserError where 8-bit activations cost more than INT8_LOSS and INT8_IMAGES, RuntimeError where the float
+    form differs.
     """
     images = data.train.images[:CALIBRATION_IMAGES].numpy() if args.int8 else None
     content = onnx_export.export(packed.model(fold=False), cifar10.MEAN, cifar10.STD, images)
@@ -164,9 +165,10 @@ def save_onnx(
     found, logits = score(onnx_export.OnnxNetwork(content), data, args.batch_size, torch.device("cpu"))
     if args.int8:
         lost = expected[0].accuracy - found.accuracy
-        if lost > INT8_LOSS and expected[0].correct - found.correct > 3:  # of few images, a few are much
+        if lost > INT8_LOSS and expected[0].correct - found.correct > INT8_IMAGES:
             raise UserError(f"--int8: costs {lost:.2f} points of accuracy: {args.onnx} not written; leave --int8 out")
-        print(f"✓ 8-bit activations cost {lost:.2f} points of accuracy (at most {INT8_LOSS} are allowed)")
+        allowed = f"{INT8_LOSS} are" if lost <= INT8_LOSS else f"{INT8_IMAGES} images, where that is more, are"
+        print(f"✓ 8-bit activations cost {lost:.2f} points of accuracy (at most {allowed} allowed)")
     else:
         prove_same_logits(expected[1], logits)
     atomic_write(args.onnx, content)

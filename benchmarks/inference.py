@@ -160,6 +160,8 @@ def open_ways(ways: list[Way], images: Tensor) -> tuple[list[Way], list[Callable
 def peak_memory(way: Way, threads: int, pixels: Tensor) -> float | None:
     """MB that loading and running the largest batch takes at most, beyond the interpreter and its imports.
 
+    Torch's int8 is calibrated while it is loaded, by a float32 pass over `pixels`; that is part of its figure.
+
     To be called in a process of its own. None where the system is not Linux, which alone tells and resets a peak.
     """
     torch.set_num_threads(threads)

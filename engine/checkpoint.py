@@ -71,6 +71,13 @@ class Checkpoint:
     renamed: dict[str, str] = field(default_factory=dict)  # names in the file -> the network's
     raw: dict[str, Any] = field(default_factory=dict)  # the file's own dictionary
 
+    @property
+    def steps_beyond(self) -> int:
+        """Steps since the epoch that `epoch` and `metrics` are of: 0 but for a run stopped within an epoch."""
+        training = self.raw.get("training")
+        steps = training.get("steps_done") if isinstance(training, dict) else 0
+        return steps if type(steps) is int and 0 < steps <= 10**9 else 0
+
     def model(self, *, fold: bool = True) -> ResNetS:
         """The network with these weights, on the CPU, in evaluation mode. fold: see `bitpack.unpack_model`."""
         if self.kind == BINARY_1BIT:

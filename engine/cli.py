@@ -130,12 +130,13 @@ def add_output_option(parser: argparse._ActionsContainer) -> None:
 
 
 def select_device(name: str, threads: int | None = None) -> torch.device:
-    """The torch device of `--device`, with `--threads` applied.
+    """The torch device of `--device`, with `--threads` applied, on which float32 is float32.
 
     Raises UserError for a device that this machine or this torch does not have.
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False  # torch's default there are products of 10 bits
     if name == "auto":
         if torch.cuda.is_available():
             name = "cuda"

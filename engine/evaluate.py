@@ -80,7 +80,7 @@ def evaluate(
         desc=progress,
         unit=" images",
         leave=False,
-        disable=not (progress and sys.stderr.isatty()),
+        disable=not (progress and sys.stderr.isatty() and distributed.is_writer()),
     )
     try:
         with bar:
@@ -88,7 +88,7 @@ def evaluate(
                 logits = model(inputs).float()
                 loss_sum += F.cross_entropy(logits * logit_scale, labels, reduction="sum")
                 confusion += torch.bincount(labels * classes + logits.argmax(1), minlength=classes * classes)
-                bar.update(len(labels))
+                bar.update(min(len(labels) * distributed.world_size(), images - bar.n))  # the others go as fast
     finally:
         model.train(was_training)
     confusion = distributed.sum_over_ranks(confusion).reshape(classes, classes).cpu()

@@ -20,14 +20,19 @@ def headline(loaded: Checkpoint) -> list[str]:
     """What a checkpoint is, in a few lines: path, architecture, kind, epoch, the accuracy it recorded."""
     lines = [str(loaded.path), f"  {loaded.arch}, {KIND_WORDS[loaded.kind]}"]
     if _is_number(loaded.epoch, 10**9):
-        lines.append(f"  epoch {loaded.epoch}")
+        beyond = f" and {counted(loaded.steps_beyond, 'step')}" if loaded.steps_beyond else ""
+        lines.append(f"  epoch {loaded.epoch}{beyond}")
     return lines + [f"  recorded {words}" for words in recorded_accuracies(loaded)]
 
 
 def recorded_accuracies(loaded: Checkpoint) -> list[str]:
-    """The accuracies that the file says were measured on it; those of latent weights are those of their signs."""
+    """The accuracies that the file says were measured on it; those of latent weights are those of their signs.
+
+    A run stopped within an epoch records those of the end of the epoch before, and of other weights than its own.
+    """
     names = {"test_accuracy": "test images", "val_accuracy": "held-out images"}
     of = ", binarised" if loaded.kind == "latent" else ""
+    of += ", before those steps" if loaded.steps_beyond else ""
     metrics = loaded.metrics
     if loaded.kind == BINARY_1BIT:  # its metadata is short
         metrics = {"test_accuracy": loaded.raw.get("accuracy"), "test_images": loaded.raw.get("test_images")}

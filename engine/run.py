@@ -30,7 +30,8 @@ from models.resnet_s import weight_layers
 
 RUN_FILES = (BEST, FINAL, LAST, METRICS, CURVES)
 # What may differ between the two parts of a resumed run; every other option must be what it was.
-FREE_OPTIONS = {"resume", "debug", "data_dir", "output_dir", "device", "threads", "wandb"}
+PLACE_OPTIONS = ("output_dir", "data_dir", "device", "threads", "wandb")
+FREE_OPTIONS = {"resume", "debug", *PLACE_OPTIONS}
 
 
 def add_training_options(parser: cli.ArgumentParser, *, lr: float, weight_decay: float) -> None:
@@ -70,7 +71,8 @@ def add_training_options(parser: cli.ArgumentParser, *, lr: float, weight_decay:
         nargs="?",
         const="",
         metavar="CKPT",
-        help=f"go on from CKPT (default: {LAST} in the output folder); options not given are those of the run",
+        help=f"go on from CKPT (default: {LAST} in the output folder); options not given are those of the run, but "
+        "for folders, device, threads and wandb",
     )
     run.add_argument(
         "--compile",
@@ -113,6 +115,7 @@ class Run:
     kind: str  # of the weights that are saved: "float" or "latent"
     resumed: checkpoints.Checkpoint | None
     lock: FolderLock | None
+    given: frozenset[str] = frozenset()  # names of the options on the command line
     precision: str = "float32"
     compiled: bool = False
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
@@ -146,7 +149,7 @@ class Run:
             raise UserError(
                 f"--batch-size {args.batch_size} cannot be shared by {distributed.world_size()} processes"
             )
-        run = cls(args, device, folder, kind, resumed, lock)
+        run = cls(args, device, folder, kind, resumed, lock, frozenset(given))
         run.precision = (
             resumed.raw["training"]["precision"] if resumed else runtime.choose_precision(args.precision, device)
         )
@@ -158,6 +161,18 @@ class Run:
     def resumes_its_own_folder(self) -> bool:
         """Whether the checkpoint that is resumed is this folder's own: the files beside it are then of this run."""
         return self.resumed is not None and _place(self.resumed.path) == _place(self.folder / LAST)
+
+    def resume_command(self) -> str:
+        """What to type to go on with this run: with those options of now that its checkpoint does not hold."""
+        processes = distributed.world_size()
+        start = "python3" if processes == 1 else f"torchrun --nproc_per_node={processes}"
+        words = [start, Path(sys.argv[0]).name, "--resume"]
+        for name in PLACE_OPTIONS:
+            value = getattr(self.args, name)
+            if name in self.given and value != Path("."):
+                shown = f'"{value}"' if isinstance(value, Path) else str(value)
+                words += [f"--{name.replace('_', '-')}", shown]
+        return " ".join(words)
 
     def check_folder(self) -> None:
         """To be called before anything is written there: see `FolderLock.check`."""

@@ -15,8 +15,9 @@ from engine.cli import UserError
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Below so many images in a whole run, compiling (20 to 40 s) takes longer than it saves: see benchmarks/.
-COMPILE_PAYS_FROM_IMAGES = 150_000
+# Below so many images in a whole run, ten epochs, compiling (20 to 40 s) takes longer than it saves. That differs by
+# machine, from 2 epochs to 20: benchmarks/speed.md.
+COMPILE_PAYS_FROM_IMAGES = 500_000
 
 
 def keep_freed_memory() -> bool:

@@ -13,7 +13,6 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -163,6 +162,7 @@ class Trainer:
         return {
             "precision": self.run.precision,
             "compiled": self.run.compiled,
+            "threads": torch.get_num_threads(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "scaler": self.run.scaler.state_dict(),
@@ -261,6 +261,9 @@ class Trainer:
             return
         if run.resumed:
             run.say(f"Resuming {run.resumed.path} at epoch {self.epoch + 1}, after its step {self.steps_done}.")
+            threads, now = run.resumed.raw["training"].get("threads"), torch.get_num_threads()
+            if run.device.type == "cpu" and type(threads) is int and threads != now:
+                run.say(f"It ran on --threads {threads} and now runs on {now}: not the same bits any more.")
         tracker = WandbRun(
             run.args.wandb if distributed.is_writer() else "disabled",
             run.folder,
@@ -449,12 +452,9 @@ class Trainer:
             return "Stopped before the first step; nothing was saved."
         self.write_records(always=True)
         epochs, steps = self.saved
-        output = "" if self.run.folder == Path(".") else f' --output-dir "{self.run.folder}"'
-        processes = distributed.world_size()
-        start = "python3" if processes == 1 else f"torchrun --nproc_per_node={processes}"
         return (
             f"Stopped. {last} holds {epochs} of {self.run.args.epochs} epochs and {steps} of "
-            f"{self.loader.steps_per_epoch} steps. Go on with: {start} {Path(sys.argv[0]).name} --resume{output}"
+            f"{self.loader.steps_per_epoch} steps. Go on with: {self.run.resume_command()}"
         )
 
     # -- the end -------------------------------------------------------------------------------------------

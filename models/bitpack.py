@@ -5,8 +5,7 @@ The packed dictionary holds two tensors, because `torch.save` costs about 285 by
     signs   uint8, ceil(weights / 8): bit i % 8 of byte i // 8 is 1 where weight i is +1. All Conv2d and Linear
             weights one after the other, in the order of the network, each in row-major order.
     floats  float32: for each BatchNorm its scales, then its shifts (`batchnorm` "folded"), or its weight, bias,
-            running mean and running variance (`batchnorm` "kept", for further training); last the bias of the
-            classifier.
+            running mean and running variance (`batchnorm` "kept"); last the bias of the classifier.
 
 Which weights these are follows from the architecture's name alone, so a file cannot declare a size of its own.
 """

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from networks import binary_network, random_network, save_checkpoint
 
 import cifar10
-from engine import checkpoint
+import eval_binarized
+from engine import checkpoint, cli, report
 from engine.cli import UserError
+from engine.evaluate import Scores
 from models.bitpack import pack_model
 
 evaluating = importlib.import_module("eval")
@@ -69,6 +71,34 @@ def test_the_whole_report_on_latent_weights(tmp_path: Path, small_data: Path, ru
     assert max(len(line) for line in printed.splitlines() if str(small_data) not in line) <= 80
     assert png_size(tmp_path / "new/folder/page.png") == (1700, 860)
     assert [path.name for path in (tmp_path / "new/folder").iterdir()] == ["page.png"]
+
+
+def test_a_run_stopped_within_an_epoch_does_not_boast_of_the_epoch_before(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "checkpoint_last.pth", "latent")
+    loaded = checkpoint.load(path)
+    accuracy = "  recorded accuracy 12.50% on held-out images, binarised"
+    assert report.headline(loaded)[2:] == ["  epoch 3", accuracy]
+    loaded.raw["training"] = {"steps_done": 43}
+    assert report.headline(loaded)[2:] == ["  epoch 3 and 43 steps", f"{accuracy}, before those steps"]
+
+
+@pytest.mark.parametrize(("kind", "steps", "kept"), [("latent", 0, True), ("latent", 43, False), ("float", 0, False)])
+def test_binarised_weights_keep_only_what_was_recorded_of_them(
+    tmp_path: Path, kind: str, steps: int, kept: bool
+) -> None:
+    loaded = checkpoint.load(save_checkpoint(tmp_path / "x.pth", kind))
+    loaded.raw["training"] = {"steps_done": steps}
+    scores = Scores(loss=2.5, confusion=torch.eye(10, dtype=torch.int64), seconds=1.0)
+    metrics = eval_binarized.binarised_checkpoint(loaded, binary_network(), scores)["metrics"]
+    measured = {"test_accuracy": 100.0, "test_loss": 2.5, "test_images": 10}
+    assert metrics == measured | ({"val_accuracy": 12.5} if kept else {})
+
+
+def test_float32_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's convolutions have products of 10 bits, TensorFloat-32, unless they are told not to."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    cli.select_device("cpu")
+    assert torch.backends.cudnn.allow_tf32 is False
 
 
 def test_every_kind_of_file_is_scored_and_the_limit_is_told(tmp_path: Path, small_data: Path, call: Callable) -> None:

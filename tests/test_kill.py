@@ -226,7 +226,8 @@ def test_signals_at_many_moments(
         child = scripts.start("main_binary.py", *options, cwd=tmp_path, at=(moment, count, name))
         assert child.wait() == status[name], (moment, child.output, child.errors)
         assert "Traceback" not in child.errors
-        assert child.errors.splitlines()[-1].endswith("Go on with: python3 main_binary.py --resume")
+        go_on = f'Go on with: python3 main_binary.py --resume --data-dir "{small_data}" --wandb disabled'
+        assert child.errors.splitlines()[-1].endswith(go_on)
         assert_all_load(tmp_path)
         assert not list(tmp_path.glob("*.tmp-*"))
         options = ["--resume", "--data-dir", small_data, "--wandb", "disabled"]
@@ -272,6 +273,7 @@ def test_signals_to_the_command_itself(
 ) -> None:
     """As a person does it: the real command, stopped after its first epoch, goes on by the line it prints."""
     import os
+    import shlex
     import subprocess
     import sys
 
@@ -294,4 +296,16 @@ def test_signals_to_the_command_itself(
     _, errors = process.communicate(timeout=400)
     assert time.monotonic() - asked < 60  # a few seconds where the machine does nothing else
     assert process.returncode == status
-    assert re.search(r'Go on with: python3 main_binary\.py --resume --output-dir ".*with space é"$', errors.strip())
+    go_on = re.search(r'Go on with: python3 main_binary\.py (--resume --output-dir ".*with space é" .*)\n$', errors)
+    process = subprocess.Popen(
+        [sys.executable, root / "main_binary.py", *shlex.split(go_on[1])],
+        env=child_environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    assert any(line.startswith("Resuming") for line in process.stdout)
+    os.kill(process.pid, number)
+    process.communicate(timeout=400)
+    assert process.returncode == status

@@ -208,7 +208,8 @@ def test_ctrl_c_while_it_starts(
     options[options.index("disabled")] = "online"
     at = ("queue.SimpleQueue", 2, "SIGINT")  # made as its process starts
     child = scripts.run("main.py", *options, cwd=tmp_path, env=server("hang") | marked, at=at, expect=130)
-    assert child.errors.splitlines()[-1].endswith("Go on with: python3 main.py --resume")
+    go_on = f'Go on with: python3 main.py --resume --data-dir "{small_data}" --wandb online'
+    assert child.errors.splitlines()[-1].endswith(go_on)
 
 
 def test_a_wandb_that_cannot_be_imported_costs_one_line(

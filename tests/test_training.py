@@ -107,6 +107,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert epochs == [1, 2, 3]
 
 
+def test_another_number_of_threads_is_no_secret(scripts: ScriptServer, small_data: Path, tmp_path: Path) -> None:
+    at = ("main.distributed.gradient_share", 3, "SIGINT")
+    options = [*small_options(small_data), "--threads", 1]
+    child = scripts.run("main.py", *options, cwd=tmp_path, at=at, expect=130)
+    go_on = f'Go on with: python3 main.py --resume --data-dir "{small_data}" --threads 1 --wandb disabled'
+    assert child.errors.splitlines()[-1].endswith(go_on)
+    options = ["--resume", "--data-dir", small_data, "--wandb", "disabled", "--threads"]
+    same = scripts.run("main.py", *options, 1, cwd=tmp_path, at=at, expect=130)
+    assert "same bits" not in same.output
+    other = scripts.run("main.py", *options, 2, cwd=tmp_path)
+    assert "It ran on --threads 1 and now runs on 2: not the same bits any more.\n" in other.output
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
