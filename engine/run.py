@@ -169,7 +169,7 @@ class Run:
         words = [start, Path(sys.argv[0]).name, "--resume"]
         for name in PLACE_OPTIONS:
             value = getattr(self.args, name)
-            if name in self.given and value != Path("."):
+            if name in self.given:
                 shown = f'"{value}"' if isinstance(value, Path) else str(value)
                 words += [f"--{name.replace('_', '-')}", shown]
         return " ".join(words)

@@ -16,7 +16,7 @@ from engine.cli import UserError
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Below so many images in a whole run, ten epochs, compiling (20 to 40 s) takes longer than it saves. That differs by
-# machine, from 2 epochs to 20: benchmarks/speed.md.
+# machine, from 2 epochs to 24: benchmarks/speed.md.
 COMPILE_PAYS_FROM_IMAGES = 500_000
 
 
@@ -36,10 +36,11 @@ def keep_freed_memory() -> bool:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """The precision of the convolutions in training: what `--precision` says, or the fastest safe one for "auto".
+    """The precision of the products in training: what `--precision` says, or the fastest safe one for "auto".
 
     bfloat16 where the device computes with it (CPU: Intel AMX or AVX-512 BF16; CUDA: since Ampere), float16 on older
-    CUDA devices, otherwise float32. Weights, BatchNorm, loss and optimiser are float32 throughout; so is evaluation.
+    CUDA devices, otherwise float32. Convolutions and classifier are in it, and the activations they hand on; weights,
+    BatchNorm's parameters and statistics, loss and optimiser are float32 throughout; so is evaluation.
     Raises UserError for float16 on a device other than CUDA.
     """
     if name == "float16" and device.type != "cuda":

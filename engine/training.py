@@ -262,7 +262,7 @@ class Trainer:
         if run.resumed:
             run.say(f"Resuming {run.resumed.path} at epoch {self.epoch + 1}, after its step {self.steps_done}.")
             threads, now = run.resumed.raw["training"].get("threads"), torch.get_num_threads()
-            if run.device.type == "cpu" and type(threads) is int and threads != now:
+            if run.device.type == "cpu" and threads not in (None, now):
                 run.say(f"It ran on --threads {threads} and now runs on {now}: not the same bits any more.")
         tracker = WandbRun(
             run.args.wandb if distributed.is_writer() else "disabled",

@@ -36,6 +36,7 @@ def check_training_state(
     _check_schedule(state["schedulers"], fresh["schedulers"])
     epoch = _whole(state["epoch"], epochs, "epoch")
     steps = _whole(state["steps_done"], steps_per_epoch, "steps_done")
+    _whole(state.get("threads", 1), 10**6, "threads")  # older versions wrote none
     _check_watch(state["watch"], fresh["watch"], model, within=steps > 0)
     _require(isinstance(state["history"], list) and len(state["history"]) == epoch, "history has not a row an epoch")
     for number, row in enumerate(state["history"], 1):

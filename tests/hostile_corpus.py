@@ -864,7 +864,7 @@ def training() -> Iterator[Case]:
         *("precision", "compiled", "optimizers", "schedulers", "rng", "epoch", "steps_done"),
         *("totals", "watch", "history", "best"),
     )
-    for key in keys:
+    for key in (*keys, "threads"):  # which may be missing
         for number, value in enumerate(strange):
             right = (key, number) in RIGHT_STATES
             yield state(f"{key} is {str(value)[:20]!r} ({number})", harmless=right, **{key: value})

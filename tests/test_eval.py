@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import sys
@@ -15,7 +16,8 @@ from networks import binary_network, random_network, save_checkpoint
 
 import cifar10
 import eval_binarized
-from engine import checkpoint, cli, report
+from engine import checkpoint, cli, distributed, report
+from engine import evaluate as evaluate_module
 from engine.cli import UserError
 from engine.evaluate import Scores
 from models.bitpack import pack_model
@@ -92,6 +94,37 @@ def test_binarised_weights_keep_only_what_was_recorded_of_them(
     metrics = eval_binarized.binarised_checkpoint(loaded, binary_network(), scores)["metrics"]
     measured = {"test_accuracy": 100.0, "test_loss": 2.5, "test_images": 10}
     assert metrics == measured | ({"val_accuracy": 12.5} if kept else {})
+
+
+@pytest.mark.parametrize("writer", [True, False])
+def test_of_two_processes_one_shows_the_scoring_of_all_images(monkeypatch: pytest.MonkeyPatch, writer: bool) -> None:
+    """The writer has 13 of 25 images, all of class 0 and classified so; the other process is played."""
+    bars = []
+
+    class Bar(contextlib.nullcontext):
+        def __init__(self, total: int, disable: bool, **_: object) -> None:
+            super().__init__()
+            self.n, self.total, self.disable = 0, total, disable
+            bars.append(self)
+
+        def update(self, images: int) -> None:
+            self.n += images
+
+    monkeypatch.setattr(evaluate_module, "tqdm", Bar)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for name, value in {
+        "world_size": lambda: 2,
+        "is_writer": lambda: writer,
+        "copy_buffers_from_writer": lambda _: None,
+        "sum_over_ranks": lambda mine: mine * 25 // 13,
+    }.items():
+        monkeypatch.setattr(distributed, name, value)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 10))
+    torch.nn.init.zeros_(model[1].weight)
+    model[1].bias.data.copy_(torch.arange(10, 0, -1.0))
+    batches = [(torch.zeros(n, 3), torch.zeros(n, dtype=torch.int64)) for n in (7, 6)]
+    assert evaluate_module.evaluate(model, batches, 25, progress="scoring").correct == 25
+    assert [(bar.n, bar.total, bar.disable) for bar in bars] == [(25, 25, not writer)]
 
 
 def test_float32_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:

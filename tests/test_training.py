@@ -29,6 +29,7 @@ import main
 import main_binary
 from engine import checkpoint as checkpoints
 from engine import cli, runtime, training
+from engine import run as run_module
 from engine.checkpoint import BEST, FINAL, LAST
 from engine.cli import UserError
 from engine.evaluate import evaluate
@@ -105,6 +106,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert differences(essence(tmp_path / "parts"), essence(tmp_path / "whole")) == []
     epochs = [int(row["epoch"]) for row in essence(tmp_path / "parts")["metrics.csv"]]
     assert epochs == [1, 2, 3]
+
+
+def test_the_command_to_go_on_names_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["--data-dir", ".", "--output-dir", "a b", "--device", "cpu", "--wandb", "offline", "--epochs", "7"]
+    monkeypatch.setattr(sys, "argv", ["main.py", *given])
+    args, names = run_module.parse(main.make_parser())
+    run = run_module.Run(args, torch.device("cpu"), args.output_dir, "float", None, None, frozenset(names))
+    places = '--output-dir "a b" --data-dir "." --device cpu --wandb offline'
+    assert run.resume_command() == f"python3 main.py --resume {places}"
 
 
 def test_another_number_of_threads_is_no_secret(scripts: ScriptServer, small_data: Path, tmp_path: Path) -> None:
