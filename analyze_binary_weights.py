@@ -190,7 +190,7 @@ def draw(path: Path, title: str, layers: list[WeightStats], weights: dict[str, T
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     report.draw_title(figure, title, y=1 - 0.15 / height, va="top")
-    sides = {"left": 0.6 / width, "right": 1 - 0.2 / width}
+    sides = {"left": 0.8 / width, "right": 1 - 0.2 / width}
     top = figure.add_gridspec(1, 1, top=1 - 0.75 / height, bottom=1 - 3.1 / height, **sides)
     panels = figure.add_gridspec(
         rows, columns, top=1 - 3.75 / height, bottom=0.35 / height, wspace=0.2, hspace=0.42, **sides

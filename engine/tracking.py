@@ -128,6 +128,11 @@ class SignWatch:
         self._before = state["signs"].to(self._before.device)
 
 
+def _quoted(folder: Path) -> str:
+    """Where wandb keeps its runs, for a command line; a folder's name may have spaces."""
+    return f'"{folder / "wandb"}"'
+
+
 class WandbRun:
     """Weights & Biases, which may be slow, offline or broken without the run taking harm: see wandb_process.py.
 
@@ -171,7 +176,7 @@ class WandbRun:
             if self._began(START_PATIENCE):
                 return
         self._begin("offline")
-        say(f"Weights & Biases: offline; to upload it later: wandb sync {folder / 'wandb'}/offline-run-*")
+        say(f"Weights & Biases: offline; to upload it later: wandb sync {_quoted(folder)}/offline-run-*")
 
     def _begin(self, mode: str) -> None:
         try:
@@ -226,7 +231,7 @@ class WandbRun:
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
-            where = f"{self._folder}/wandb/*run-*"
+            where = f"{_quoted(self._folder)}/*run-*"
             self._say(f"Weights & Biases has not taken everything; to upload it later: wandb sync {where}")
             self._end()
             return

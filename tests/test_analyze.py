@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from networks import binary_network, random_network, save_checkpoint
 
 import analyze_binary_weights as analyse
@@ -191,6 +192,21 @@ def test_the_picture_takes_any_weights(tmp_path: Path, clipped: bool) -> None:
     layers = [replace(WeightStats.of(name, "n", w), count=w.numel()) for name, w in weights.items()]
     analyse.draw(tmp_path / "x.png", "title", layers, weights, clipped=clipped)
     assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_the_label_beside_the_histogram_is_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ticks have most characters where the highest bar has a fifth of the weights: 17.5."""
+    left = []
+
+    def look(figure: Figure, *args: object, **more: object) -> None:
+        left.append(figure.axes[0].yaxis.get_tightbbox(figure.canvas.get_renderer()).x0)
+        save(figure, *args, **more)
+
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", look)
+    w = torch.cat([torch.linspace(-0.99, 0.99, 800), torch.full((180,), -1.0)])
+    analyse.draw(tmp_path / "x.png", "title", [WeightStats.of("a", "980", w)] * 5, {"a": w}, clipped=True)
+    assert left[0] >= 0
 
 
 def test_bad_input_is_named(tmp_path: Path, call: Callable) -> None:

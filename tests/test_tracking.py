@@ -140,9 +140,10 @@ def test_without_a_key_the_run_is_tracked_offline(
     scripts: ScriptServer, small_data: Path, tmp_path: Path, marked: dict[str, str]
 ) -> None:
     home = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
-    out = tmp_path / "out"
+    out = tmp_path / "with space"
     child = one_epoch(scripts, small_data, tmp_path, marked | home, "--output-dir", out)
-    assert notices(child) == [f"Weights & Biases: offline; to upload it later: wandb sync {out}/wandb/offline-run-*"]
+    command = f'wandb sync "{out}/wandb"/offline-run-*'
+    assert notices(child) == [f"Weights & Biases: offline; to upload it later: {command}"]
     (log,) = out.glob("wandb/offline-run-*/*.wandb")
     assert b"train_accuracy" in log.read_bytes()  # it holds the epoch's numbers
     assert not (tmp_path / "wandb").exists()
