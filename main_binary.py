@@ -40,6 +40,12 @@ def make_parser() -> cli.ArgumentParser:
         "--latent-lr", type=cli.number(0), default=0.01, help="peak learning rate of the latent weights"
     )
     group.add_argument(
+        "--latent-decay-power",
+        type=cli.number(0, above=True, maximum=100),
+        metavar="P",
+        help="let it fall as (1 - t)^P, t from 0 to 1 after the warm-up, instead of along the cosine",
+    )
+    group.add_argument(
         "--latent-weight-decay", type=cli.number(0), default=0.0, help="L2 penalty on the latent weights"
     )
     group.add_argument(
@@ -102,6 +108,8 @@ def make_optimizers(args: object, bc: BC) -> list[Optimizer]:
     ours = {id(weight) for weight in latent}
     others = [p for p in bc.model.parameters() if id(p) not in ours]
     group = {"params": latent, "name": "latent_lr"}
+    if args.latent_decay_power is not None:
+        group["decay_power"] = args.latent_decay_power
     if args.optimizer == "adam":
         first: Optimizer = torch.optim.Adam(
             [group], lr=args.latent_lr, weight_decay=args.latent_weight_decay, fused=True

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, PolynomialLR, SequentialLR
 from tqdm import tqdm
 
 from engine import checkpoint as checkpoints
@@ -57,7 +57,10 @@ class EpochWatch(Protocol):
 
 
 def make_schedulers(run: Run, optimizers: list[Optimizer], steps_per_epoch: int) -> list[LRScheduler]:
-    """Linear warm-up, then cosine annealing to zero (Loshchilov and Hutter 2017, without restarts), step by step."""
+    """Linear warm-up, then cosine annealing to zero (Loshchilov and Hutter 2017, without restarts), step by step.
+
+    An optimiser whose parameter group has a "decay_power" p falls to zero as (1 - t)^p instead, t from 0 to 1.
+    """
     args = run.args
     total = args.epochs * steps_per_epoch
     if args.warmup_epochs == 0 or args.epochs > 2 * args.warmup_epochs:
@@ -69,12 +72,16 @@ def make_schedulers(run: Run, optimizers: list[Optimizer], steps_per_epoch: int)
     warnings.filterwarnings("ignore", r"The epoch parameter in `scheduler\.step\(\)`", UserWarning)
     schedulers: list[LRScheduler] = []
     for optimizer in optimizers:
-        cosine = CosineAnnealingLR(optimizer, T_max=total - warmup)
+        power = optimizer.param_groups[0].get("decay_power")
+        if power is None:
+            falling: LRScheduler = CosineAnnealingLR(optimizer, T_max=total - warmup)
+        else:
+            falling = PolynomialLR(optimizer, total_iters=total - warmup, power=power)
         if warmup == 0:
-            schedulers.append(cosine)
+            schedulers.append(falling)
             continue
         linear = LinearLR(optimizer, start_factor=1 / (warmup + 1), end_factor=1.0, total_iters=warmup)
-        schedulers.append(SequentialLR(optimizer, [linear, cosine], milestones=[warmup]))
+        schedulers.append(SequentialLR(optimizer, [linear, falling], milestones=[warmup]))
     return schedulers
 
 
