@@ -548,6 +548,7 @@ def make_step(
     args = argparse.Namespace(
         optimizer=optimizer,
         latent_lr=latent_lr,
+        latent_decay_power=None,
         latent_weight_decay=latent_weight_decay,
         lr=lr,
         weight_decay=weight_decay,

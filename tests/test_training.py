@@ -85,9 +85,10 @@ def test_two_runs_with_one_seed_are_bit_identical(
     [
         ("main_binary.py", ["--stochastic", "--val-size", 10, "--optimizer", "sgd", "--latent-lr", 3]),
         ("main_binary.py", ["--teacher", "teacher.pth", "--latent-weight-decay", 0.001]),
+        ("main_binary.py", ["--latent-decay-power", 6]),
         ("main.py", ["--val-size", 20, "--weight-decay", 0.01]),
     ],
-    ids=["stochastic", "teacher", "float"],
+    ids=["stochastic", "teacher", "power", "float"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(
     scripts: ScriptServer, small_data: Path, tmp_path: Path, float_run: Path, script: str, more: list[object]
@@ -313,18 +314,21 @@ def test_the_resolved_configuration_is_saved(binary_run: Path) -> None:
         assert saved.raw["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.parametrize("power", [None, 1.0, 6.0])
 @pytest.mark.parametrize(("epochs", "warmup"), [(10, 2.0), (3, 0.5), (4, 0.0)])
-def test_the_learning_rate_follows_the_closed_form(epochs: int, warmup: float) -> None:
-    """At every step: linear to the peak, then half a cosine to zero."""
+def test_the_learning_rate_follows_the_closed_form(epochs: int, warmup: float, power: float | None) -> None:
+    """At every step: linear to the peak, then half a cosine, or a power of what is left, to zero."""
     peak, per_epoch = 0.3, 7
-    rates, lines = _rates(epochs, warmup, peak, per_epoch)
+    rates, lines = _rates(epochs, warmup, peak, per_epoch, power)
     rising, total = round(warmup * per_epoch), epochs * per_epoch
     for step, rate in enumerate(rates):
         if step < rising:
             wanted = peak * (1 + step) / (1 + rising)
-        else:
+        elif power is None:
             wanted = peak * (1 + math.cos(math.pi * (step - rising) / (total - rising))) / 2
-        assert rate == pytest.approx(wanted, rel=1e-9, abs=1e-12), step
+        else:
+            wanted = peak * ((total - step) / (total - rising)) ** power
+        assert rate == pytest.approx(wanted, rel=1e-9, abs=1e-12 if power is None else 0), step
     assert rates[rising] == pytest.approx(peak)
     assert lines == []
 
@@ -337,10 +341,13 @@ def test_a_warm_up_too_long_for_the_run_is_shortened(epochs: int, warmup: float)
     assert lines == [f"Warm-up shortened to one fifth of the run, {fifth} steps: --epochs {epochs} is that short."]
 
 
-def _rates(epochs: int, warmup: float, peak: float, per_epoch: int) -> tuple[list[float], list[str]]:
+def _rates(
+    epochs: int, warmup: float, peak: float, per_epoch: int, power: float | None = None
+) -> tuple[list[float], list[str]]:
     lines: list[str] = []
     run = SimpleNamespace(args=argparse.Namespace(epochs=epochs, warmup_epochs=warmup), say=lines.append)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    group = {"params": [torch.nn.Parameter(torch.zeros(1))]}
+    optimizer = torch.optim.SGD([group if power is None else group | {"decay_power": power}], lr=peak)
     (scheduler,) = training.make_schedulers(run, [optimizer], per_epoch)
     rates = []
     for _ in range(epochs * per_epoch):
@@ -419,6 +426,7 @@ IMPOSSIBLE = [
 ]
 IMPOSSIBLE_BINARY = [
     *(["--latent-lr", "nan"], ["--latent-weight-decay", -1], ["--logit-scale", 0], ["--optimizer", "lbfgs"]),
+    *(["--latent-decay-power", 0], ["--latent-decay-power", 1e9]),
     *(
         ["--temperature", 0],
         ["--temperature", 1e200],
@@ -470,7 +478,10 @@ def test_help_names_every_option_with_its_default(module: Any, monkeypatch: pyte
         "--wandb"
     )
     if module is main_binary:
-        wanted += " --optimizer --latent-lr --latent-weight-decay --logit-scale --stochastic --init --teacher"
+        wanted += (
+            " --optimizer --latent-lr --latent-decay-power --latent-weight-decay --logit-scale --stochastic --init "
+            "--teacher"
+        )
     assert all(f" {option}" in described for option in wanted.split())
 
 
