@@ -94,7 +94,6 @@ def _label_axes(axes: Any, history: list[dict[str, float]], scale: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if scale == "log":
         axes.set_yscale("log")
-        axes.set_ylim(bottom=max(axes.get_ylim()[0], axes.get_ylim()[1] / 1e5))  # the last epochs approach zero
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(alpha=0.3)
     axes.legend()

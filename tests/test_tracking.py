@@ -55,6 +55,8 @@ def test_curves_show_every_measure(
     more = {"flipped": 0.0, "saturated": 3.0, "latent_lr": 0.01} if binary else {}
     history = [row(epoch, **more) for epoch in range(1, epochs + 1)]
     history[-1]["lr"] = 0.0
+    if binary:
+        history[-1]["latent_lr"] = 1e-17  # where --latent-decay-power may take it
     tracking.draw_curves(tmp_path, history, "title")
     image = (tmp_path / "training_curves.png").read_bytes()
     assert image.startswith(b"\x89PNG")
@@ -64,6 +66,9 @@ def test_curves_show_every_measure(
     labels = {text.get_text() for axes in figures[0].axes for text in axes.get_legend().get_texts()}
     wanted = {"train loss", f"test accuracy (best {10.0 * epochs:.2f})", "lr"}
     assert labels == wanted | ({"flipped", "saturated", "latent lr"} if binary else set())
+    for axes in figures[0].axes:
+        lowest, highest = axes.get_ylim()
+        assert all(lowest <= y <= highest for line in axes.lines for y in line.get_ydata())
 
 
 # -- Weights & Biases --------------------------------------------------------------------------------------------
