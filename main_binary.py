@@ -43,7 +43,7 @@ def make_parser() -> cli.ArgumentParser:
         "--latent-decay-power",
         type=cli.number(0, above=True, maximum=100),
         metavar="P",
-        help="let it fall as (1 - t)^P, t from 0 to 1 after the warm-up, instead of along the cosine",
+        help="let the latent learning rate fall as (1 - t)^P, t from 0 to 1 after the warm-up (default: a cosine)",
     )
     group.add_argument(
         "--latent-weight-decay", type=cli.number(0), default=0.0, help="L2 penalty on the latent weights"

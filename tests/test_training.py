@@ -35,7 +35,7 @@ from engine.cli import UserError
 from engine.evaluate import evaluate
 from engine.tracking import SignWatch
 from engine.training_state import _check_optimizer, moments_in_own_memory
-from models import BC
+from models import BC, build
 from models.binaryconnect import binarize_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -331,6 +331,22 @@ def test_the_learning_rate_follows_the_closed_form(epochs: int, warmup: float, p
         assert rate == pytest.approx(wanted, rel=1e-9, abs=1e-12 if power is None else 0), step
     assert rates[rising] == pytest.approx(peak)
     assert lines == []
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_the_power_is_for_the_latent_weights_alone(optimizer: str) -> None:
+    given = f"--optimizer {optimizer} --latent-decay-power 3 --epochs 4 --warmup-epochs 0 --lr 0.8 --latent-lr 0.8"
+    args = main_binary.make_parser().parse_args(given.split())
+    optimizers = main_binary.make_optimizers(args, BC(build("resnet20")))
+    schedulers = training.make_schedulers(SimpleNamespace(args=args, say=print), optimizers, 1)
+    for scheduler, falling in zip(schedulers, optimizers, strict=True):
+        falling.step()
+        falling.step()
+        scheduler.step()
+        scheduler.step()
+    latent, others = (falling.param_groups[0]["lr"] for falling in optimizers)
+    assert latent == pytest.approx(0.1)  # half of the way: 0.8 / 2^3
+    assert others == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize(("epochs", "warmup"), [(10, 5.0), (1, 5.0), (3, 1e308)])
