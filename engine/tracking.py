@@ -92,7 +92,8 @@ def _label_axes(axes: Any, history: list[dict[str, float]], scale: str) -> None:
     axes.set_xlabel("epoch")
     axes.set_xlim(0, history[-1]["epoch"] + 1)  # the same in all panels
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if scale == "log":
+    # A run of one epoch ends it at a rate of 0: no point to show, and matplotlib has no such logarithmic axis.
+    if scale == "log" and any(len(line.get_ydata()) for line in axes.lines):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(alpha=0.3)
