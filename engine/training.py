@@ -67,7 +67,9 @@ def make_schedulers(run: Run, optimizers: list[Optimizer], steps_per_epoch: int)
         warmup = round(args.warmup_epochs * steps_per_epoch)
     else:
         warmup = total // 5
-        run.say(f"Warm-up shortened to one fifth of the run, {warmup} steps: --epochs {args.epochs} is that short.")
+        if not run.resumed:  # said when it began
+            short = f"--epochs {args.epochs} is that short"
+            run.say(f"Warm-up shortened to one fifth of the run, {warmup} steps: {short}.")
     # In older versions of torch SequentialLR calls step() in a way that step() itself warns of.
     warnings.filterwarnings("ignore", r"The epoch parameter in `scheduler\.step\(\)`", UserWarning)
     schedulers: list[LRScheduler] = []

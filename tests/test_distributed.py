@@ -87,7 +87,7 @@ class OneProcess:
 
     def train(self, optimizers: list, before: Callable[[], None], after: Callable[[], None], scale: float) -> None:
         """before and after: what surrounds the two backward passes; the steps of the optimisers come in between."""
-        run = SimpleNamespace(args=self.args, say=print)
+        run = SimpleNamespace(args=self.args, say=print, resumed=None)
         schedulers = make_schedulers(run, optimizers, self.loaders[0].steps_per_epoch)
         for epoch in range(self.args.epochs):
             self.loss_sum.zero_()

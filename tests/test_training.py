@@ -338,7 +338,7 @@ def test_the_power_is_for_the_latent_weights_alone(optimizer: str) -> None:
     given = f"--optimizer {optimizer} --latent-decay-power 3 --epochs 4 --warmup-epochs 0 --lr 0.8 --latent-lr 0.8"
     args = main_binary.make_parser().parse_args(given.split())
     optimizers = main_binary.make_optimizers(args, BC(build("resnet20")))
-    schedulers = training.make_schedulers(SimpleNamespace(args=args, say=print), optimizers, 1)
+    schedulers = training.make_schedulers(SimpleNamespace(args=args, say=print, resumed=None), optimizers, 1)
     for scheduler, falling in zip(schedulers, optimizers, strict=True):
         falling.step()
         falling.step()
@@ -355,13 +355,15 @@ def test_a_warm_up_too_long_for_the_run_is_shortened(epochs: int, warmup: float)
     fifth = 2 * epochs
     assert max(range(len(rates)), key=rates.__getitem__) == fifth
     assert lines == [f"Warm-up shortened to one fifth of the run, {fifth} steps: --epochs {epochs} is that short."]
+    assert _rates(epochs, warmup, 0.3, 10, resumed=True) == (rates, [])  # said once, not at each resumption
 
 
 def _rates(
-    epochs: int, warmup: float, peak: float, per_epoch: int, power: float | None = None
+    epochs: int, warmup: float, peak: float, per_epoch: int, power: float | None = None, *, resumed: bool = False
 ) -> tuple[list[float], list[str]]:
     lines: list[str] = []
-    run = SimpleNamespace(args=argparse.Namespace(epochs=epochs, warmup_epochs=warmup), say=lines.append)
+    args = argparse.Namespace(epochs=epochs, warmup_epochs=warmup)
+    run = SimpleNamespace(args=args, say=lines.append, resumed=resumed)
     group = {"params": [torch.nn.Parameter(torch.zeros(1))]}
     optimizer = torch.optim.SGD([group if power is None else group | {"decay_power": power}], lr=peak)
     (scheduler,) = training.make_schedulers(run, [optimizer], per_epoch)
