@@ -239,7 +239,7 @@ def analyse(loaded: Checkpoint, folder: Path) -> None:
     print()
     print("\n".join(verdict(total, loaded.kind)))
     clipped = total.in_range == total.count and loaded.kind not in ("float", "unknown")
-    title = f"{loaded.path.name}: {loaded.arch}, {report.KIND_WORDS[loaded.kind]}"
+    title = f"{loaded.path.name}: {report.what_it_is(loaded)}"
     picture = folder / f"{loaded.path.stem}_histograms.png"
     draw(picture, title, layers, weights, clipped=clipped)
     print(f"\nSaved the histograms: {picture}")

@@ -178,7 +178,8 @@ def main() -> None:
     print_scores(scores, data, loaded.logit_scale)
     if args.plot:
         samples = sample_predictions(model, data.test, args.batch_size, device)
-        title = f"{loaded.path.name}: {loaded.arch}, {scores.accuracy:.2f}% on {data.scored_on}"
+        # With the kind of the weights: a picture travels without the warning printed above.
+        title = f"{loaded.path.name}: {report.what_it_is(loaded)}: {scores.accuracy:.2f}% on {data.scored_on}"
         draw(args.plot, title, scores, samples, data.test)
         print(f"\nSaved the confusion matrix and sample predictions: {args.plot}")
 

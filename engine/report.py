@@ -16,9 +16,14 @@ KIND_WORDS = {
 }
 
 
+def what_it_is(loaded: Checkpoint) -> str:
+    """Architecture and kind of the weights."""
+    return f"{loaded.arch}, {KIND_WORDS[loaded.kind]}"
+
+
 def headline(loaded: Checkpoint) -> list[str]:
     """What a checkpoint is, in a few lines: path, architecture, kind, epoch, the accuracy it recorded."""
-    lines = [str(loaded.path), f"  {loaded.arch}, {KIND_WORDS[loaded.kind]}"]
+    lines = [str(loaded.path), f"  {what_it_is(loaded)}"]
     if _is_number(loaded.epoch, 10**9):
         beyond = f" and {counted(loaded.steps_beyond, 'step')}" if loaded.steps_beyond else ""
         lines.append(f"  epoch {loaded.epoch}{beyond}")

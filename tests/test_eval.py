@@ -160,6 +160,19 @@ def test_a_class_without_images_has_no_accuracy(tmp_path: Path, small_data: Path
     assert (tmp_path / "page.PNG").exists()
 
 
+def test_the_picture_says_what_the_weights_are(
+    tmp_path: Path, small_data: Path, call: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latent weights' own score is not the result: a picture without the warning must tell."""
+    titles = []
+    monkeypatch.setattr(evaluating, "draw", lambda path, title, *rest: titles.append(title))
+    for kind in ("latent", "float"):
+        save_checkpoint(tmp_path / "x.pth", kind)
+        call(tmp_path / "x.pth", "--data-dir", small_data, "--plot", tmp_path / "page.png")
+    assert "latent weights of BinaryConnect, real-valued: " in titles[0]
+    assert "full-precision weights: " in titles[1]
+
+
 def test_the_samples_are_the_first_right_and_wrong_ones(small_data: Path) -> None:
     split = cifar10.load(small_data, train=False).test
     model = random_network()
