@@ -21,7 +21,7 @@ from tqdm import tqdm
 from engine import checkpoint, cli
 from engine.checkpoint import BINARY_1BIT, Checkpoint
 from engine.cli import UserError
-from engine.report import KIND_WORDS, counted, narrow, share
+from engine.report import counted, narrow, share, what_it_is
 from models.resnet_s import weight_layers
 
 WIDTH = 80
@@ -251,7 +251,7 @@ def describe(path: Path, raw: Any) -> list[str]:
         loaded = checkpoint.load(path)
     except UserError as error:
         return [*lines, *_fill(f"Fits: ✗ none of our networks: {_without_path(error, path)}")]
-    lines += _fill(f"Fits: ✓ {loaded.arch}, {KIND_WORDS[loaded.kind]}")
+    lines += _fill(f"Fits: ✓ {what_it_is(loaded)}")
     if loaded.kind == BINARY_1BIT:
         return lines + _describe_packed(loaded)
     if not ours:
