@@ -221,7 +221,7 @@ def _terminate(signum: int, _frame: object) -> None:
     raise Interrupted(signum, "Terminated.")
 
 
-def _ignore_signals() -> None:
+def ignore_signals() -> None:
     """The process is about to end, with its own status: another signal would be a traceback in the midst of that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -244,7 +244,7 @@ def run(main: Callable[[], None]) -> None:
             main()
             sys.stdout.flush()
         finally:
-            _ignore_signals()
+            ignore_signals()
     except Interrupted as stop:
         if stop.message:
             print(stop.message, file=sys.stderr, flush=True)

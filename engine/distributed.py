@@ -24,9 +24,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engine.cli import EXIT_MISTAKE, Interrupted, UserError, reason
+from engine.cli import EXIT_MISTAKE, Interrupted, UserError, ignore_signals, reason
 
 _store: dist.Store | None = None  # a few values that all processes see, also when some of them have failed
+_CONNECTION_LOST = "Connection (closed|reset) by peer|Broken pipe"  # gloo's words, in a RuntimeError
 # What the group's threads were given last. To free such a tensor while Python does not hold it they need the
 # interpreter's lock: once it shuts down, or waits for them to end, that would abort or hang the process.
 _given: deque[Tensor] = deque(maxlen=64)
@@ -91,8 +92,10 @@ def one_message() -> Iterator[None]:
             stop.message = ""
         raise
     except Exception as error:
+        if _store is not None:
+            ignore_signals()  # torchrun sends SIGTERM once another process has ended: the line comes first
         if _first_to_fail():
-            if dist.is_initialized() and re.search("Connection (closed|reset) by peer", str(error)):
+            if isinstance(error, RuntimeError) and re.search(_CONNECTION_LOST, str(error)) and dist.is_initialized():
                 raise UserError("another process has ended; start all of them again, with --resume") from error
             raise
         time.sleep(0.5)  # torchrun ends all processes once one has ended: let the first finish its line

@@ -22,6 +22,8 @@ from torch.nn import functional as F
 import cifar10
 import main
 import main_binary
+from engine import distributed
+from engine.cli import Interrupted, UserError
 from engine.files import FolderLock
 from engine.training import make_schedulers
 from models import BC, build
@@ -236,6 +238,27 @@ def test_stop_and_resume(
     resumed, straight = (load(folder / "final_model.pth") for folder in (tmp_path, binary_run[0]))
     assert all(torch.equal(value, straight["state_dict"][name]) for name, value in resumed["state_dict"].items())
     assert resumed["metrics"]["train_loss"] == straight["metrics"]["train_loss"]
+
+
+def test_a_signal_does_not_take_the_line_of_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun sends SIGTERM once another process has ended, while this one, its connection lost, says so."""
+
+    class Store:
+        def add(self, _key: str, _amount: int) -> int:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return 1
+
+    def interrupt(signum: int, _frame: object) -> None:
+        raise Interrupted(signum)
+
+    monkeypatch.setattr(distributed, "_store", Store())
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(UserError, match="why"), distributed.one_message():
+            raise UserError("why")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_an_error_in_one_process_ends_all(
