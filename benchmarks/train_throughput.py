@@ -336,11 +336,16 @@ def make_parser() -> cli.ArgumentParser:
     return parser
 
 
-def make_contenders(args: Any, split: cifar10.Split) -> list[Contender]:
+def choose_precisions() -> list[str]:
+    """float32, and bfloat16 where the CPU computes with it: emulated, a step can take many times as long."""
+    return ["float32", "bfloat16"] if runtime.cpu_has_bfloat16_units() else ["float32"]
+
+
+def make_contenders(args: Any, split: cifar10.Split, precisions: list[str]) -> list[Contender]:
     options = ["--batch-size", str(args.batch_size)]
     contenders: list[Contender] = [Textbook(split, args.batch_size, args.workers)]
     modes = (False,) if args.quick else (False, True)
-    for precision, compiled in itertools.product(("float32", "bfloat16"), modes):
+    for precision, compiled in itertools.product(precisions, modes):
         for script in (float_script, binary_script):
             contenders.append(Ours(script, split, options, compiled=compiled, precision=precision))
     return contenders
@@ -358,8 +363,11 @@ def main() -> None:
     if len(split) < args.batch_size:
         raise cli.UserError(f"--batch-size {args.batch_size}: there are {len(split)} training images only")
     print(f"machine: {runtime.describe(CPU)}, torch {torch.__version__}; batches of {args.batch_size}")
-    products = [MatrixProduct(precision, 512 if args.quick else 2048) for precision in ("float32", "bfloat16")]
-    contenders = make_contenders(args, split)
+    precisions = choose_precisions()
+    if "bfloat16" not in precisions:
+        print("bfloat16 left out: this CPU, without AMX or AVX-512 BF16, would emulate it")
+    products = [MatrixProduct(precision, 512 if args.quick else 2048) for precision in precisions]
+    contenders = make_contenders(args, split, precisions)
     with tqdm(total=(args.rounds + 1) * len(contenders), disable=not sys.stderr.isatty(), leave=False) as bar:
         for number in range(args.rounds + 1):
             for contender in contenders:

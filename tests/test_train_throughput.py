@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from engine import runtime
 from models import build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,7 +22,12 @@ def test_quick_form(
     done = run_script(script, "--quick", "--batch-size", 25, "--workers", 1, "--data-dir", small_data, cwd=tmp_path)
     lines = done.stdout.splitlines()
     assert max(len(line) for line in lines if str(tmp_path) not in line and str(small_data) not in line) <= 80
-    for name in ("textbook loop", "float, float32, eager", "BinaryConnect, bfloat16, eager"):
+    names = ["textbook loop", "float, float32, eager", "BinaryConnect, float32, eager"]
+    if runtime.cpu_has_bfloat16_units():
+        names += ["float, bfloat16, eager", "BinaryConnect, bfloat16, eager"]
+    assert [line[:34].rstrip() for line in lines if "eager  " in line or line.startswith("textbook")] == 2 * names
+    assert ("bfloat16 left out" in done.stdout) == (len(names) == 3)
+    for name in names:
         speeds, shares = (line.removeprefix(name).split() for line in lines if line.startswith(f"{name}  "))
         middle, lowest, highest = (float(figure.replace(",", "")) for figure in speeds[:3])
         assert 0 < lowest <= middle <= highest
