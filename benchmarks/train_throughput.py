@@ -169,7 +169,7 @@ class Ours(Contender):
             f"{'BinaryConnect' if binary else 'float'}, {precision}, {'compiled' if compiled else 'eager'}"
         )
         args = script.make_parser().parse_args([*options, "--compile" if compiled else "--no-compile"])
-        run = Run(args, CPU, Path("."), "latent" if binary else "float", None, None, precision)
+        run = Run(args, CPU, Path("."), "latent" if binary else "float", None, None, precision=precision)
         run.backward = self.timed("backward", run.backward)
         run.step = self.timed("optimiser", run.step)
         torch.manual_seed(args.seed)

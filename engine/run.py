@@ -1,6 +1,6 @@
 """One training run: its options, its machine, its folder, and what it resumes.
 
-Everything that can be refused is refused in `Run.start`, before any data is fetched.
+`Run.start` refuses what options, folder and checkpoint show to be wrong, before any data is fetched.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +104,7 @@ def parse(parser: cli.ArgumentParser) -> tuple[argparse.Namespace, set[str]]:
 
 @dataclass
 class Run:
-    """One training run: its options, its machine, its folder, and what it resumes.
-
-    Everything that can be refused is refused here, before any data is fetched.
-    """
+    """One training run: its options, its machine, its folder, and what it resumes. To be made with `start`."""
 
     args: argparse.Namespace
     device: torch.device
@@ -115,6 +112,7 @@ class Run:
     kind: str  # of the weights that are saved: "float" or "latent"
     resumed: checkpoints.Checkpoint | None
     lock: FolderLock | None
+    _: KW_ONLY
     given: frozenset[str] = frozenset()  # names of the options on the command line
     precision: str = "float32"
     compiled: bool = False
@@ -149,10 +147,8 @@ class Run:
             raise UserError(
                 f"--batch-size {args.batch_size} cannot be shared by {distributed.world_size()} processes"
             )
-        run = cls(args, device, folder, kind, resumed, lock, frozenset(given))
-        run.precision = (
-            resumed.raw["training"]["precision"] if resumed else runtime.choose_precision(args.precision, device)
-        )
+        run = cls(args, device, folder, kind, resumed, lock, given=frozenset(given))
+        run.precision = _precision(args, device, resumed)
         run.scaler = runtime.gradient_scaler(run.precision, device)
         distributed.agree(f"{plain_options(args)} {run.precision}", "their options or precision")
         distributed.agree(resumed.sha256 if resumed else "", "the checkpoint they resume")
@@ -166,7 +162,8 @@ class Run:
         """What to type to go on with this run: with those options of now that its checkpoint does not hold."""
         processes = distributed.world_size()
         start = "python3" if processes == 1 else f"torchrun --nproc_per_node={processes}"
-        words = [start, Path(sys.argv[0]).name, "--resume"]
+        script = sys.argv[0]  # as it was typed
+        words = [start, f'"{script}"' if " " in script else script, "--resume"]
         for name in PLACE_OPTIONS:
             value = getattr(self.args, name)
             if name in self.given:
@@ -210,6 +207,8 @@ class Run:
         self.say(f"data: {train_images:,} training images, scored on {scored_on}")
         self.say(f"run: {args.epochs} epochs of batches of {args.batch_size}, seed {args.seed}, into {self.folder}/")
         self.say(f"machine: {runtime.describe(self.device)}{several}, {self.precision}, {mode}")
+        if runtime.is_emulated(self.precision, self.device):
+            self.say("Note: this CPU has no units for bfloat16 and emulates it, which may take many times as long.")
 
     def autocast(self) -> AbstractContextManager[None]:
         return runtime.autocast(self.precision, self.device)
@@ -253,6 +252,16 @@ class Run:
 def _place(path: Path) -> tuple[str, str]:
     """Folder and name. The file may be a link to another folder's, but what lies beside it is what matters."""
     return os.path.realpath(path.parent), path.name
+
+
+def _precision(args: argparse.Namespace, device: torch.device, resumed: checkpoints.Checkpoint | None) -> str:
+    """The precision to train in; a resumed run keeps its own. Raises UserError where the device does not have it."""
+    if not resumed:
+        return runtime.choose_precision(args.precision, device)
+    precision = resumed.raw["training"]["precision"]
+    if precision == "float16" and device.type != "cuda":
+        raise UserError(f"{resumed.path}: was run in float16, which is for CUDA devices only; resume it on one")
+    return precision
 
 
 def _load_resumable(path: Path, kind: str) -> checkpoints.Checkpoint:

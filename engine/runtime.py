@@ -56,8 +56,17 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 def cpu_has_bfloat16_units() -> bool:
     """Whether this CPU multiplies bfloat16 numbers in hardware: by AMX or by AVX-512 BF16 (benchmarks/speed.md)."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(unit) for unit in ("amx_bf16", "avx512_bf16"))
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(unit) for unit in ("amx_bf16", "avx512_bf16"))
+    # torch 2.6 and its next successors know it under these names; every CPU with AMX has its bfloat16.
+    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, question, bool)() for question in questions)
+
+
+def is_emulated(precision: str, device: torch.device) -> bool:
+    """Whether the device has no units for the products in this precision."""
+    return precision == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16_units()
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:

@@ -145,6 +145,7 @@ class Trainer:
         self.epoch, self.steps_done = 0, 0  # finished epochs; finished steps of the epoch under way
         self.totals = torch.zeros(3, device=run.device)  # sum of loss, correct, images: of the epoch under way
         self.seconds = 0.0  # of the epoch under way
+        self.scoring_seconds = 0.0  # of the last epoch scored by this process
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {}
         self.wandb_id = uuid.uuid4().hex[:8]
@@ -366,7 +367,8 @@ class Trainer:
     def _time_left(self) -> str:
         steps = self.loader.steps_per_epoch
         left = (self.run.args.epochs - self.epoch) * steps - self.steps_done
-        return tqdm.format_interval(left * self.seconds / max(self.steps_done, 1))
+        training = left * self.seconds / max(self.steps_done, 1)
+        return tqdm.format_interval(training + (self.run.args.epochs - len(self.history)) * self.scoring_seconds)
 
     def _diverged(self) -> None:
         run = self.run
@@ -388,7 +390,9 @@ class Trainer:
         """Score the network after an epoch's last step, write the run's files, and go on to the next epoch."""
         loss, accuracy, count = self._means(distributed.sum_over_ranks(self.totals))
         row = {"epoch": self.epoch + 1, "train_loss": loss, "train_accuracy": accuracy}
+        started = time.perf_counter()
         scores = self._score_stoppably()
+        self.scoring_seconds = time.perf_counter() - started
         row[f"{self.chosen_on}_loss"] = scores.loss
         row[f"{self.chosen_on}_accuracy"] = scores.accuracy
         row[f"{self.chosen_on}_images"] = scores.images

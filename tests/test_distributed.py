@@ -225,7 +225,7 @@ def test_stop_and_resume(
     process.send_signal(signum)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert errors.count("Go on with: torchrun --nproc_per_node=2 main_binary.py --resume") == 1, errors
+    assert errors.count(f"Go on with: torchrun --nproc_per_node=2 {ROOT / 'main_binary.py'} --resume") == 1, errors
     state = load(tmp_path / "checkpoint_last.pth")["training"]
     assert (state["epoch"], len(state["totals"])) == (1, 2)
 

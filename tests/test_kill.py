@@ -16,6 +16,8 @@ from script_server import Child, ScriptServer
 
 from engine.checkpoint import FINAL, LAST
 
+ROOT = Path(__file__).resolve().parent.parent
+
 EPOCHS = 3
 
 
@@ -226,7 +228,7 @@ def test_signals_at_many_moments(
         child = scripts.start("main_binary.py", *options, cwd=tmp_path, at=(moment, count, name))
         assert child.wait() == status[name], (moment, child.output, child.errors)
         assert "Traceback" not in child.errors
-        go_on = f'Go on with: python3 main_binary.py --resume --data-dir "{small_data}" --wandb disabled'
+        go_on = f'Go on with: python3 {ROOT / "main_binary.py"} --resume --data-dir "{small_data}" --wandb disabled'
         assert child.errors.splitlines()[-1].endswith(go_on)
         assert_all_load(tmp_path)
         assert not list(tmp_path.glob("*.tmp-*"))
@@ -277,11 +279,10 @@ def test_signals_to_the_command_itself(
     import subprocess
     import sys
 
-    root = Path(__file__).resolve().parent.parent
     folder = tmp_path / "with space é"
     options = [*small_options(small_data, epochs=500), "--output-dir", folder]
     process = subprocess.Popen(
-        [sys.executable, root / "main_binary.py", *map(str, options)],
+        [sys.executable, ROOT / "main_binary.py", *map(str, options)],
         env=child_environment,
         cwd=tmp_path,
         stdout=subprocess.PIPE,
@@ -296,9 +297,9 @@ def test_signals_to_the_command_itself(
     _, errors = process.communicate(timeout=400)
     assert time.monotonic() - asked < 60  # a few seconds where the machine does nothing else
     assert process.returncode == status
-    go_on = re.search(r'Go on with: python3 main_binary\.py (--resume --output-dir ".*with space é" .*)\n$', errors)
+    go_on = re.search(r'Go on with: python3 (\S.* --resume --output-dir ".*with space é" .*)\n$', errors)
     process = subprocess.Popen(
-        [sys.executable, root / "main_binary.py", *shlex.split(go_on[1])],
+        [sys.executable, *shlex.split(go_on[1])],
         env=child_environment,
         cwd=tmp_path,
         stdout=subprocess.PIPE,

@@ -22,6 +22,8 @@ from script_server import Child, ScriptServer
 from engine import tracking
 from engine.checkpoint import LAST
 
+ROOT = Path(__file__).resolve().parent.parent
+
 KEY = {"WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567"}
 
 
@@ -214,7 +216,7 @@ def test_ctrl_c_while_it_starts(
     options[options.index("disabled")] = "online"
     at = ("queue.SimpleQueue", 2, "SIGINT")  # made as its process starts
     child = scripts.run("main.py", *options, cwd=tmp_path, env=server("hang") | marked, at=at, expect=130)
-    go_on = f'Go on with: python3 main.py --resume --data-dir "{small_data}" --wandb online'
+    go_on = f'Go on with: python3 {ROOT / "main.py"} --resume --data-dir "{small_data}" --wandb online'
     assert child.errors.splitlines()[-1].endswith(go_on)
 
 

@@ -6,9 +6,13 @@ import importlib.util
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import cifar10
+import main
+import main_binary
 from engine import runtime
 from models import build
 
@@ -37,12 +41,31 @@ def test_quick_form(
     assert (tmp_path / "train_throughput.png").stat().st_size > 5000
 
 
-def test_operations_of_a_training_step() -> None:
-    """He et al. 2015, table 6 counts no operations; by hand: forward 40.55 million multiplications, backward twice
-    as many but for the first layer's input."""
+@pytest.fixture(scope="module")
+def module() -> ModuleType:
     spec = importlib.util.spec_from_file_location("train_throughput", ROOT / "benchmarks" / "train_throughput.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("script", [main, main_binary])
+def test_a_contender_trains_in_its_precision(
+    module: ModuleType, script: ModuleType, precision: str, small_data: Path
+) -> None:
+    split = cifar10.load(small_data).train
+    contender = module.Ours(script, split, ["--batch-size", "10"], compiled=False, precision=precision)
+    outputs = []
+    contender.trainer.model.linear.register_forward_hook(lambda _layer, _images, output: outputs.append(output.dtype))
+    contender.turn(1, 10)
+    assert set(outputs) == {runtime.PRECISIONS[precision]}
+    assert len(outputs) == module.WARM_UP + 1
+
+
+def test_operations_of_a_training_step(module: ModuleType) -> None:
+    """He et al. 2015, table 6 counts no operations; by hand: forward 40.55 million multiplications, backward twice
+    as many but for the first layer's input."""
     first = 3 * 9 * 16 * 32 * 32
     stages = [(16, 16, 32, 6), (32, 32, 16, 5), (64, 64, 8, 5)]  # inputs, outputs, side, convolutions
     forward = first + sum(i * 9 * o * side * side * count for i, o, side, count in stages)

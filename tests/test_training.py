@@ -34,6 +34,7 @@ from engine.checkpoint import BEST, FINAL, LAST
 from engine.cli import UserError
 from engine.evaluate import evaluate
 from engine.tracking import SignWatch
+from engine.training import Trainer
 from engine.training_state import _check_optimizer, moments_in_own_memory
 from models import BC, build
 from models.binaryconnect import binarize_model
@@ -113,16 +114,18 @@ def test_the_command_to_go_on_names_every_place(monkeypatch: pytest.MonkeyPatch)
     given = ["--data-dir", ".", "--output-dir", "a b", "--device", "cpu", "--wandb", "offline", "--epochs", "7"]
     monkeypatch.setattr(sys, "argv", ["main.py", *given])
     args, names = run_module.parse(main.make_parser())
-    run = run_module.Run(args, torch.device("cpu"), args.output_dir, "float", None, None, frozenset(names))
+    run = run_module.Run(args, torch.device("cpu"), args.output_dir, "float", None, None, given=frozenset(names))
     places = '--output-dir "a b" --data-dir "." --device cpu --wandb offline'
     assert run.resume_command() == f"python3 main.py --resume {places}"
+    monkeypatch.setattr(sys, "argv", ["../my scripts/main.py"])
+    assert run.resume_command() == f'python3 "../my scripts/main.py" --resume {places}'
 
 
 def test_another_number_of_threads_is_no_secret(scripts: ScriptServer, small_data: Path, tmp_path: Path) -> None:
     at = ("main.distributed.gradient_share", 3, "SIGINT")
     options = [*small_options(small_data), "--threads", 1]
     child = scripts.run("main.py", *options, cwd=tmp_path, at=at, expect=130)
-    go_on = f'Go on with: python3 main.py --resume --data-dir "{small_data}" --threads 1 --wandb disabled'
+    go_on = f'Go on with: python3 {ROOT / "main.py"} --resume --data-dir "{small_data}" --threads 1 --wandb disabled'
     assert child.errors.splitlines()[-1].endswith(go_on)
     options = ["--resume", "--data-dir", small_data, "--wandb", "disabled", "--threads"]
     same = scripts.run("main.py", *options, 1, cwd=tmp_path, at=at, expect=130)
@@ -682,3 +685,43 @@ def test_precision_of_a_cpu(capabilities: dict[str, bool], precision: str, monke
     assert runtime.choose_precision("auto", cpu) == precision
     assert runtime.choose_precision("float32", cpu) == "float32"
     assert runtime.choose_precision("bfloat16", cpu) == "bfloat16"
+    assert runtime.is_emulated("bfloat16", cpu) == (precision == "float32")
+    assert not runtime.is_emulated("float32", cpu)
+
+
+@pytest.mark.parametrize("unit", ["_is_avx512_bf16_supported", "_is_amx_tile_supported", None])
+def test_precision_of_a_cpu_with_torch_2_6(unit: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no `get_capabilities`; these two functions it has."""
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == unit)
+    expected = "bfloat16" if unit else "float32"
+    assert runtime.choose_precision("auto", torch.device("cpu")) == expected
+
+
+def test_emulation_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    args = main.make_parser().parse_args([])
+    for units, notes in ((False, 1), (True, 0)):
+        monkeypatch.setattr(runtime, "cpu_has_bfloat16_units", lambda units=units: units)
+        run = run_module.Run(args, torch.device("cpu"), Path("."), "float", None, None, precision="bfloat16")
+        run.describe(build("resnet20"), 1, "1 test image")
+        assert capsys.readouterr().out.count("Note: this CPU has no units for bfloat16") == notes
+
+
+def test_a_float16_run_is_resumed_on_cuda_only(scripts: ScriptServer, float_run: Path, tmp_path: Path) -> None:
+    content = checkpoints.load(float_run / LAST).raw
+    content.pop("checksum")
+    content["training"]["precision"] = "float16"
+    checkpoints.save(tmp_path / LAST, content)
+    child = scripts.run("main.py", "--resume", "--device", "cpu", cwd=tmp_path, expect=2)
+    assert f"{LAST}: was run in float16, which is for CUDA devices only" in one_line(child.errors)
+
+
+def test_the_time_left_counts_scoring() -> None:
+    """Two of four epochs are scored, the third is half done: 1.5 epochs of 100 s to train, two scorings of 20 s."""
+    trainer = SimpleNamespace(
+        run=SimpleNamespace(args=SimpleNamespace(epochs=4)),
+        loader=SimpleNamespace(steps_per_epoch=10),
+        **{"epoch": 2, "steps_done": 5, "seconds": 50.0, "history": [{}, {}], "scoring_seconds": 20.0},
+    )
+    assert Trainer._time_left(trainer) == "03:10"
