@@ -236,7 +236,7 @@ class TrainLoader:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
         if batch_size % world_size:
-            raise UserError(f"--batch-size {batch_size}: cannot be divided by the number of processes, {world_size}")
+            raise ValueError(f"batches of {batch_size} for {world_size} processes")
         shortest = len(split) % batch_size or batch_size
         if shortest < world_size:
             raise UserError(

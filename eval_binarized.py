@@ -45,7 +45,8 @@ def verify(model: ResNetS) -> None:
 def binarised_checkpoint(loaded: Checkpoint, model: ResNetS, scores: Scores) -> dict[str, object]:
     """The dictionary to save: what the source said of itself, and the accuracy measured here.
 
-    What it recorded of other weights than these signs, of those before they were binarised, say, is left out.
+    What it recorded of other weights than these signs, of those before they were binarised, say, or of the epoch
+    before the one it was stopped in, is left out.
     """
     recorded = loaded.metrics if loaded.kind == "latent" and not loaded.steps_beyond else {}
     measured = {"test_accuracy": scores.accuracy, "test_loss": scores.loss, "test_images": scores.images}
@@ -53,7 +54,7 @@ def binarised_checkpoint(loaded: Checkpoint, model: ResNetS, scores: Scores) -> 
         loaded.arch,
         "binary",
         model.state_dict(),
-        epoch=loaded.epoch,
+        epoch=None if loaded.steps_beyond else loaded.epoch,
         metrics=recorded | measured,
         config=loaded.config,
         versions=checkpoint.library_versions(),

@@ -53,7 +53,8 @@ def main() -> None:
         model = onnx_export.OnnxNetwork(args.checkpoint)  # its bits are unpacked and its scales folded by the runtime
     else:
         model = load_binary_network(args.checkpoint).to(device, memory_format=torch.channels_last)
-    test = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test).test
+    data = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
+    test = data.test
 
     def batches(split: cifar10.Split) -> Iterable[tuple[Tensor, Tensor]]:
         """Images and labels: to an ONNX network go the pixels themselves, to a torch network normalised ones."""
@@ -67,7 +68,9 @@ def main() -> None:
     for number, (label, guess) in enumerate(zip(labels.tolist(), predicted.tolist(), strict=True)):
         print(f"  test image {number}: {cifar10.CLASSES[label]:<10}  classified as {cifar10.CLASSES[guess]}")
 
-    print(evaluate(model, batches(test), len(test), progress="test", path=args.checkpoint).accuracy_line())
+    scores = evaluate(model, batches(test), len(test), progress="test", path=args.checkpoint)
+    print(f"Scored on {data.scored_on}")
+    print(scores.accuracy_line())
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def parse_arguments() -> argparse.Namespace:
         onnx_export.require("onnx", "onnxruntime")
         if args.onnx.is_dir():
             raise UserError(f"--onnx {args.onnx}: is a folder; give the name of a file")
-        cli.prepare_output_dir(args.onnx.parent)
+        cli.prepare_output_dir(args.onnx.parent, option="--onnx: folder")
     return args
 
 

@@ -38,11 +38,6 @@ class Scores:
         """Per cent of the images classified correctly."""
         return 100 * self.correct / self.images
 
-    @property
-    def per_class(self) -> Tensor:
-        """Per cent correct of each true class, float64 (classes,); NaN for a class with no image."""
-        return 100 * self.confusion.diagonal().double() / self.confusion.sum(1)
-
     def accuracy_line(self) -> str:
         return f"Test Accuracy: {self.accuracy:.2f}%"
 

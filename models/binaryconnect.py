@@ -25,7 +25,8 @@ def binary_sign(w: Tensor) -> Tensor:
     """The binary rule: +1 where w >= 0 (0 and -0.0 included), -1 where w < 0; same shape, dtype and device.
 
     A NaN stays NaN, never a silent -1, so that it shows in the loss. This is the one place where the sign is
-    decided: training, evaluation, analysis and packing all call it.
+    decided: training, scoring, the flip rate and the making of binary files all call it; packing and analysis
+    take -1 and +1 as they find them.
     """
     signs = torch.copysign(w.new_ones(()), w + 0.0)  # -0.0 + 0.0 is 0.0; much faster than comparing
     return torch.where(w.isnan(), w, signs)

@@ -14,7 +14,7 @@ from networks import save_checkpoint, sha256
 from script_server import ScriptServer
 
 from engine import binarised, checkpoint
-from engine.checkpoint import BEST, BINARIZED, PACKED
+from engine.checkpoint import BEST, BINARIZED, LAST, PACKED
 from engine.cli import UserError
 from models.binaryconnect import binary_sign
 from models.resnet_s import weight_layers
@@ -193,6 +193,23 @@ def test_packing_the_binarised_file_gives_the_same_bits(
     assert torch.equal(kept.raw["signs"], folded.raw["signs"])
     assert kept.raw["batchnorm"] == "kept"
     assert any(isinstance(module, torch.nn.BatchNorm2d) for module in kept.model(fold=False).modules())
+
+
+def test_the_epoch_of_a_run_stopped_within_one_is_not_that_of_the_file(
+    tmp_path: Path, small_data: Path, run_script: Callable
+) -> None:
+    content = checkpoint.load(save_checkpoint(tmp_path / BEST, "latent")).raw
+    content.pop("checksum")
+    checkpoint.save(tmp_path / LAST, content | {"training": {"steps_done": 2}})
+    for name, epoch in ((BEST, 3), (LAST, None)):
+        run_script("eval_binarized.py", name, "--data-dir", small_data, "--limit-test", 10, cwd=tmp_path)
+        made = checkpoint.load(tmp_path / BINARIZED)
+        assert made.epoch == epoch
+        assert ("val_accuracy" in made.metrics) == (epoch is not None)
+    printed = run_script(
+        "load_binarized_example.py", "--data-dir", small_data, "--limit-test", 10, cwd=tmp_path
+    ).stdout
+    assert "Scored on 10 test images, not all of them (--limit-test)\n" in printed
 
 
 def test_float_weights_are_binarised_with_a_warning(tmp_path: Path, small_data: Path, run_script: Callable) -> None:

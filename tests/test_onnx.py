@@ -135,6 +135,7 @@ def test_scripts_export_and_run_the_file(tmp_path: Path, small_data: Path, run_s
     shown = run_script("load_binarized_example.py", "float.onnx", "--data-dir", small_data, cwd=tmp_path).stdout
     assert ACCURACY.findall(shown) == ACCURACY.findall(printed)[-1:]
     assert shown.count("classified as") == 5
+    assert "Scored on 100 test images\n" in shown
 
 
 def test_onnx_options_are_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +146,10 @@ def test_onnx_options_are_checked_first(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr("sys.argv", ["save_binary_model.py", *given])
         with pytest.raises(UserError, match=message):
             save_binary_model.main()
+    Path("a file").touch()
+    monkeypatch.setattr("sys.argv", ["save_binary_model.py", "--onnx", "a file/model.onnx"])
+    with pytest.raises(UserError, match="--onnx: folder a file: cannot be written to: is not a folder"):
+        save_binary_model.main()
 
 
 def test_int8_that_costs_too_much_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
