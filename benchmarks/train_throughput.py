@@ -337,7 +337,7 @@ def make_parser() -> cli.ArgumentParser:
 
 
 def choose_precisions() -> list[str]:
-    """float32, and bfloat16 where the CPU computes with it: emulated, a step can take many times as long."""
+    """float32, and bfloat16 where the CPU is known to compute with it: emulated, a step takes many times as long."""
     return ["float32", "bfloat16"] if runtime.cpu_has_bfloat16_units() else ["float32"]
 
 
@@ -365,7 +365,7 @@ def main() -> None:
     print(f"machine: {runtime.describe(CPU)}, torch {torch.__version__}; batches of {args.batch_size}")
     precisions = choose_precisions()
     if "bfloat16" not in precisions:
-        print("bfloat16 left out: this CPU, without AMX or AVX-512 BF16, would emulate it")
+        print("bfloat16 left out: neither AMX nor AVX-512 BF16 found, it may be emulated")
     products = [MatrixProduct(precision, 512 if args.quick else 2048) for precision in precisions]
     contenders = make_contenders(args, split, precisions)
     with tqdm(total=(args.rounds + 1) * len(contenders), disable=not sys.stderr.isatty(), leave=False) as bar:

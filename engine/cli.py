@@ -10,6 +10,7 @@ import codecs
 import errno
 import math
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -171,6 +172,11 @@ def prepare_output_dir(folder: Path, option: str = "--output-dir") -> Path:
         why = "is not a folder" if os.path.lexists(folder) and not folder.is_dir() else reason(error)
         raise UserError(f"{option} {folder}: cannot be written to: {why}") from error
     return folder
+
+
+def as_typed(path: str | Path) -> str:
+    """A path as it can be typed into a shell: in quotes where it holds more than the plainest letters."""
+    return str(path) if re.fullmatch(r"[A-Za-z0-9_./:\\+-]+", str(path)) else f'"{path}"'
 
 
 def reason(error: BaseException) -> str:

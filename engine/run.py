@@ -162,8 +162,7 @@ class Run:
         """What to type to go on with this run: with those options of now that its checkpoint does not hold."""
         processes = distributed.world_size()
         start = "python3" if processes == 1 else f"torchrun --nproc_per_node={processes}"
-        script = sys.argv[0]  # as it was typed
-        words = [start, f'"{script}"' if " " in script else script, "--resume"]
+        words = [start, cli.as_typed(sys.argv[0]), "--resume"]
         for name in PLACE_OPTIONS:
             value = getattr(self.args, name)
             if name in self.given:
@@ -207,8 +206,8 @@ class Run:
         self.say(f"data: {train_images:,} training images, scored on {scored_on}")
         self.say(f"run: {args.epochs} epochs of batches of {args.batch_size}, seed {args.seed}, into {self.folder}/")
         self.say(f"machine: {runtime.describe(self.device)}{several}, {self.precision}, {mode}")
-        if runtime.is_emulated(self.precision, self.device):
-            self.say("Note: this CPU has no units for bfloat16 and emulates it, which may take many times as long.")
+        if runtime.may_be_emulated(self.precision, self.device):
+            self.say("Note: neither AMX nor AVX-512 BF16 found: bfloat16 may be emulated, many times slower.")
 
     def autocast(self) -> AbstractContextManager[None]:
         return runtime.autocast(self.precision, self.device)

@@ -64,9 +64,27 @@ def cpu_has_bfloat16_units() -> bool:
     return any(getattr(torch.cpu, question, bool)() for question in questions)
 
 
-def is_emulated(precision: str, device: torch.device) -> bool:
-    """Whether the device has no units for the products in this precision."""
+def may_be_emulated(precision: str, device: torch.device) -> bool:
+    """Whether this is bfloat16 on a CPU not known to have units for it (other kinds than x86 are not known)."""
     return precision == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16_units()
+
+
+def device_generator_state(device: torch.device) -> torch.Tensor | None:
+    """The state of the device's own generator of random numbers, uint8 on the CPU; None for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    return torch.mps.get_rng_state() if device.type == "mps" else None
+
+
+def restore_device_generator(device: torch.device, state: torch.Tensor | None) -> None:
+    """Undo what has been drawn since `device_generator_state`; nothing where the state is of another device."""
+    current = device_generator_state(device)
+    if state is None or current is None or state.shape != current.shape:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.mps.set_rng_state(state)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:

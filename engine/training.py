@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, P
 from tqdm import tqdm
 
 from engine import checkpoint as checkpoints
-from engine import distributed
+from engine import distributed, runtime
 from engine.checkpoint import BEST, FINAL, LAST
 from engine.cli import Interrupted, UserError, reason
 from engine.evaluate import Scores
@@ -149,7 +149,7 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {}
         self.wandb_id = uuid.uuid4().hex[:8]
-        self.saved = (0, 0)  # finished epochs and steps that checkpoint_last.pth holds
+        self.saved: tuple[int, int] | None = None  # finished epochs and steps in this run's checkpoint_last.pth
         self.signals = _Signals()
         self._curves_drawn = time.perf_counter()
         self._speed = 0.0
@@ -177,7 +177,7 @@ class Trainer:
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "scaler": self.run.scaler.state_dict(),
             "rng": torch.get_rng_state(),
-            "device_rng": torch.cuda.get_rng_state(self.run.device) if self.run.device.type == "cuda" else None,
+            "device_rng": runtime.device_generator_state(self.run.device),
             "epoch": self.epoch,
             "steps_done": self.steps_done,
             "totals": totals.cpu(),
@@ -191,12 +191,13 @@ class Trainer:
 
     def resume(self, resumed: checkpoints.Checkpoint) -> None:
         """Take up the state that a checkpoint holds. Raises UserError where it does not fit this run."""
+        expected = self.training_state(distributed.all_ranks(self.totals))  # its failure is not the file's fault
         try:
-            self._load_training_state(resumed)
+            self._load_training_state(resumed, expected)
         except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise UserError(f"{resumed.path}: its training state does not fit: {reason(error)}") from error
 
-    def _load_training_state(self, resumed: checkpoints.Checkpoint) -> None:
+    def _load_training_state(self, resumed: checkpoints.Checkpoint, expected: dict[str, Any]) -> None:
         state = resumed.raw["training"]
         if state["labels"] != checkpoints.digest(self.loader.labels):
             raise UserError(f"{resumed.path}: was run on other training images than --data-dir holds; use the same")
@@ -208,7 +209,7 @@ class Trainer:
             )
         check_training_state(
             state | {"totals": totals},
-            self.training_state(distributed.all_ranks(self.totals)),
+            expected,
             self.model,
             self.optimizers,
             epochs=self.run.args.epochs,
@@ -222,8 +223,7 @@ class Trainer:
             mine.load_state_dict(saved)
         self.run.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
-        if self.run.device.type == "cuda" and state["device_rng"] is not None:
-            torch.cuda.set_rng_state(state["device_rng"], self.run.device)
+        runtime.restore_device_generator(self.run.device, state["device_rng"])
         if self.watch:
             self.watch.load_state_dict(state["watch"])
         self.epoch, self.steps_done = state["epoch"], state["steps_done"]
@@ -262,8 +262,9 @@ class Trainer:
         run = self.run
         if run.resumed:
             self.resume(run.resumed)
+        if run.resumes_its_own_folder():
             self.saved = (self.epoch, self.steps_done)
-        if not run.resumes_its_own_folder():
+        else:
             run.make_room()
             self.save_last()  # from here on the run can be resumed
         if run.resumed and self.epoch == run.args.epochs:
@@ -461,7 +462,7 @@ class Trainer:
     def farewell(self) -> str:
         """What to say after a signal."""
         last = self.run.folder / LAST
-        if not last.exists():
+        if self.saved is None or not last.exists():
             return "Stopped before the first step; nothing was saved."
         self.write_records(always=True)
         epochs, steps = self.saved

@@ -7,7 +7,8 @@ is the time of the imports. A test can also name a moment at which the process s
     at=("half-written", 1, "SIGKILL") with the first half of a file written
     at=("engine.evaluate.evaluate", 1, "SIGINT")  when that function is called for the first time
 
-or, with the name of an errno in the place of the signal's, at which an operation fails.
+or, with the name of an errno in the place of the signal's, at which an operation fails; or with "5000 bytes", at
+which the process takes so much memory more.
 """
 
 from __future__ import annotations
@@ -230,14 +231,17 @@ def _become(request: dict[str, Any]) -> None:
 
 
 def _arm(moment: str, number: int, name: str) -> None:
-    """Send this process the signal `name`, or raise that OSError, at a moment's `number`-th occurrence."""
+    """At a moment's `number`-th occurrence send this process the signal `name`, raise that error, or take memory."""
     left = number
+    taken: list[bytearray] = []
 
     def occurred() -> None:
         nonlocal left
         left -= 1
         if left == 0 and name.startswith("SIG"):
             os.kill(os.getpid(), getattr(signal, name))
+        elif left == 0 and name.endswith(" bytes"):
+            taken.append(bytearray(int(name.split()[0])))
         elif left == 0:
             raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
 

@@ -646,7 +646,7 @@ def test_shards_together_are_the_whole_batch(data, world_size):
 
 
 def test_shards_that_do_not_work_out_are_refused():
-    with pytest.raises(UserError, match="--batch-size 64"):
+    with pytest.raises(ValueError, match="batches of 64 for 3 processes"):
         TrainLoader(numbered(200), 64, seed=0, world_size=3)
     with pytest.raises(UserError, match="last batch"):
         TrainLoader(numbered(129), 64, seed=0, world_size=2)

@@ -49,7 +49,7 @@ def test_compiled_run_is_resumed_bit_for_bit(
     run_script: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     """250 images in batches of 64: the short batch at the end of an epoch must not change how the others are
-    computed, which a run resumed after it would not repeat. With a teacher, which is compiled too."""
+    computed, which a run resumed after it would not repeat. With a teacher, which is not compiled."""
     teacher = save_checkpoint(tmp_path / "teacher.pth", "float")
     options = ["--data-dir", str(small_data), "--wandb", "disabled"]
     fresh = [*options, "--epochs", "3", "--batch-size", "64", "--compile", "--teacher", str(teacher)]

@@ -23,7 +23,7 @@ import cifar10
 import main
 import main_binary
 from engine import distributed
-from engine.cli import Interrupted, UserError
+from engine.cli import Interrupted, UserError, as_typed
 from engine.files import FolderLock
 from engine.training import make_schedulers
 from models import BC, build
@@ -225,7 +225,8 @@ def test_stop_and_resume(
     process.send_signal(signum)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert errors.count(f"Go on with: torchrun --nproc_per_node=2 {ROOT / 'main_binary.py'} --resume") == 1, errors
+    go_on = f"Go on with: torchrun --nproc_per_node=2 {as_typed(ROOT / 'main_binary.py')} --resume"
+    assert errors.count(go_on) == 1, errors
     state = load(tmp_path / "checkpoint_last.pth")["training"]
     assert (state["epoch"], len(state["totals"])) == (1, 2)
 
@@ -259,6 +260,25 @@ def test_a_signal_does_not_take_the_line_of_an_error(monkeypatch: pytest.MonkeyP
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[gloo/pair.cc:1] Connection closed by peer [127.0.0.1]:2"), UserError),
+        (RuntimeError("[gloo/pair.cc:1] Read error [127.0.0.1]:2: Connection reset by peer"), UserError),
+        (RuntimeError("[gloo/pair.cc:1] writev [127.0.0.1]:2: Broken pipe"), UserError),
+        (RuntimeError("a size that does not match"), RuntimeError),
+        (BrokenPipeError(32, "Broken pipe"), BrokenPipeError),  # nobody reads the output
+    ],
+)
+def test_a_lost_connection_is_told_from_other_errors(
+    error: Exception, expected: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    with pytest.raises(expected) as raised, distributed.one_message():
+        raise error
+    assert ("another process has ended" in str(raised.value)) == (expected is UserError)
 
 
 def test_an_error_in_one_process_ends_all(
@@ -337,4 +357,5 @@ def test_the_end_of_another_process_is_one_line(
         process.kill()
     assert process.returncode != 0
     assert "Error: another process has ended; start all of them again, with --resume" in errors
+    assert errors.count("Error: ") == errors.count("ChildFailedError: ") + 1, errors  # torchrun's, and ours
     assert "engine/" not in errors, errors  # no traceback of ours

@@ -15,6 +15,7 @@ from runs import RUN_FILES, assert_all_load, differences, essence, small_options
 from script_server import Child, ScriptServer
 
 from engine.checkpoint import FINAL, LAST
+from engine.cli import as_typed
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -228,7 +229,8 @@ def test_signals_at_many_moments(
         child = scripts.start("main_binary.py", *options, cwd=tmp_path, at=(moment, count, name))
         assert child.wait() == status[name], (moment, child.output, child.errors)
         assert "Traceback" not in child.errors
-        go_on = f'Go on with: python3 {ROOT / "main_binary.py"} --resume --data-dir "{small_data}" --wandb disabled'
+        script = as_typed(ROOT / "main_binary.py")
+        go_on = f'Go on with: python3 {script} --resume --data-dir "{small_data}" --wandb disabled'
         assert child.errors.splitlines()[-1].endswith(go_on)
         assert_all_load(tmp_path)
         assert not list(tmp_path.glob("*.tmp-*"))

@@ -117,15 +117,31 @@ def test_the_command_to_go_on_names_every_place(monkeypatch: pytest.MonkeyPatch)
     run = run_module.Run(args, torch.device("cpu"), args.output_dir, "float", None, None, given=frozenset(names))
     places = '--output-dir "a b" --data-dir "." --device cpu --wandb offline'
     assert run.resume_command() == f"python3 main.py --resume {places}"
-    monkeypatch.setattr(sys, "argv", ["../my scripts/main.py"])
-    assert run.resume_command() == f'python3 "../my scripts/main.py" --resume {places}'
+    for script in ("../my scripts/main.py", "bc(1)/main.py"):
+        monkeypatch.setattr(sys, "argv", [script])
+        assert run.resume_command() == f'python3 "{script}" --resume {places}'
+
+
+@pytest.mark.parametrize(
+    ("options", "moment"),
+    [(["--resume"], "engine.training.check_training_state"), (["--epochs", 9], "engine.run.set_aside")],
+)
+def test_a_stop_before_the_first_step_says_nothing_of_older_files(
+    scripts: ScriptServer, small_data: Path, tmp_path: Path, float_run: Path, options: list[object], moment: str
+) -> None:
+    shutil.copytree(float_run, tmp_path, dirs_exist_ok=True)
+    places = ["--data-dir", small_data, "--wandb", "disabled"]
+    child = scripts.run("main.py", *options, *places, cwd=tmp_path, at=(moment, 1, "SIGINT"), expect=130)
+    assert child.errors == "Stopped before the first step; nothing was saved.\n"
+    assert differences(essence(tmp_path), essence(float_run)) == []
 
 
 def test_another_number_of_threads_is_no_secret(scripts: ScriptServer, small_data: Path, tmp_path: Path) -> None:
     at = ("main.distributed.gradient_share", 3, "SIGINT")
     options = [*small_options(small_data), "--threads", 1]
     child = scripts.run("main.py", *options, cwd=tmp_path, at=at, expect=130)
-    go_on = f'Go on with: python3 {ROOT / "main.py"} --resume --data-dir "{small_data}" --threads 1 --wandb disabled'
+    script = cli.as_typed(ROOT / "main.py")
+    go_on = f'Go on with: python3 {script} --resume --data-dir "{small_data}" --threads 1 --wandb disabled'
     assert child.errors.splitlines()[-1].endswith(go_on)
     options = ["--resume", "--data-dir", small_data, "--wandb", "disabled", "--threads"]
     same = scripts.run("main.py", *options, 1, cwd=tmp_path, at=at, expect=130)
@@ -685,8 +701,8 @@ def test_precision_of_a_cpu(capabilities: dict[str, bool], precision: str, monke
     assert runtime.choose_precision("auto", cpu) == precision
     assert runtime.choose_precision("float32", cpu) == "float32"
     assert runtime.choose_precision("bfloat16", cpu) == "bfloat16"
-    assert runtime.is_emulated("bfloat16", cpu) == (precision == "float32")
-    assert not runtime.is_emulated("float32", cpu)
+    assert runtime.may_be_emulated("bfloat16", cpu) == (precision == "float32")
+    assert not runtime.may_be_emulated("float32", cpu)
 
 
 @pytest.mark.parametrize("unit", ["_is_avx512_bf16_supported", "_is_amx_tile_supported", None])
@@ -705,7 +721,7 @@ def test_emulation_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
         monkeypatch.setattr(runtime, "cpu_has_bfloat16_units", lambda units=units: units)
         run = run_module.Run(args, torch.device("cpu"), Path("."), "float", None, None, precision="bfloat16")
         run.describe(build("resnet20"), 1, "1 test image")
-        assert capsys.readouterr().out.count("Note: this CPU has no units for bfloat16") == notes
+        assert capsys.readouterr().out.count("bfloat16 may be emulated") == notes
 
 
 def test_a_float16_run_is_resumed_on_cuda_only(scripts: ScriptServer, float_run: Path, tmp_path: Path) -> None:
@@ -717,7 +733,9 @@ def test_a_float16_run_is_resumed_on_cuda_only(scripts: ScriptServer, float_run:
     assert f"{LAST}: was run in float16, which is for CUDA devices only" in one_line(child.errors)
 
 
-def test_the_time_left_counts_scoring() -> None:
+def test_the_time_left_counts_scoring(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two of four epochs are scored, the third is half done: 1.5 epochs of 100 s to train, two scorings of 20 s."""
     trainer = SimpleNamespace(
         run=SimpleNamespace(args=SimpleNamespace(epochs=4)),
@@ -725,3 +743,22 @@ def test_the_time_left_counts_scoring() -> None:
         **{"epoch": 2, "steps_done": 5, "seconds": 50.0, "history": [{}, {}], "scoring_seconds": 20.0},
     )
     assert Trainer._time_left(trainer) == "03:10"
+
+    timed = []
+    monkeypatch.setattr(Trainer, "_time_left", lambda trainer: timed.append(trainer.scoring_seconds) or "")
+    run_here(main, tmp_path, monkeypatch, *small_options(small_data, epochs=2))
+    assert timed[0] == 0  # nothing is scored yet
+    assert timed[-1] > 0
+
+
+def test_the_generator_of_an_apple_gpu_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [torch.arange(44, dtype=torch.uint8)]
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: states[-1])
+    monkeypatch.setattr(torch.mps, "set_rng_state", states.append)
+    mps = torch.device("mps")
+    state = runtime.device_generator_state(mps)
+    runtime.restore_device_generator(mps, torch.zeros(16, dtype=torch.uint8))  # of a CUDA device
+    runtime.restore_device_generator(torch.device("cpu"), state)
+    assert len(states) == 1
+    runtime.restore_device_generator(mps, state)
+    assert states == [state, state]
