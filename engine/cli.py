@@ -174,9 +174,9 @@ def prepare_output_dir(folder: Path, option: str = "--output-dir") -> Path:
     return folder
 
 
-def as_typed(path: str | Path) -> str:
-    """A path as it can be typed into a shell: in quotes where it holds more than the plainest letters."""
-    return str(path) if re.fullmatch(r"[A-Za-z0-9_./:\\+-]+", str(path)) else f'"{path}"'
+def as_typed(value: object) -> str:
+    """A path or another value as it is typed into a shell: in quotes where it is more than the plainest letters."""
+    return str(value) if re.fullmatch(r"[A-Za-z0-9_./:\\+-]+", str(value)) else f'"{value}"'
 
 
 def reason(error: BaseException) -> str:

@@ -166,8 +166,7 @@ class Run:
         for name in PLACE_OPTIONS:
             value = getattr(self.args, name)
             if name in self.given:
-                shown = f'"{value}"' if isinstance(value, Path) else str(value)
-                words += [f"--{name.replace('_', '-')}", shown]
+                words += [f"--{name.replace('_', '-')}", cli.as_typed(value)]
         return " ".join(words)
 
     def check_folder(self) -> None:

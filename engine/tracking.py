@@ -22,7 +22,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from engine.cli import reason
+from engine.cli import as_typed, reason
 from engine.files import atomic_write
 from models.binaryconnect import BC, binary_sign
 
@@ -128,11 +128,6 @@ class SignWatch:
         self._before = state["signs"].to(self._before.device)
 
 
-def _quoted(folder: Path) -> str:
-    """Where wandb keeps its runs, for a command line; a folder's name may have spaces."""
-    return f'"{folder / "wandb"}"'
-
-
 class WandbRun:
     """Weights & Biases, which may be slow, offline or broken without the run taking harm: see wandb_process.py.
 
@@ -176,7 +171,7 @@ class WandbRun:
             if self._began(START_PATIENCE):
                 return
         self._begin("offline")
-        say(f"Weights & Biases: offline; to upload it later: wandb sync {_quoted(folder)}/offline-run-*")
+        say(f"Weights & Biases: offline; to upload it later: wandb sync {as_typed(folder / 'wandb')}/offline-run-*")
 
     def _begin(self, mode: str) -> None:
         try:
@@ -231,7 +226,7 @@ class WandbRun:
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
-            where = f"{_quoted(self._folder)}/*run-*"
+            where = f"{as_typed(self._folder / 'wandb')}/*run-*"
             self._say(f"Weights & Biases has not taken everything; to upload it later: wandb sync {where}")
             self._end()
             return

@@ -230,7 +230,7 @@ def test_signals_at_many_moments(
         assert child.wait() == status[name], (moment, child.output, child.errors)
         assert "Traceback" not in child.errors
         script = as_typed(ROOT / "main_binary.py")
-        go_on = f'Go on with: python3 {script} --resume --data-dir "{small_data}" --wandb disabled'
+        go_on = f"Go on with: python3 {script} --resume --data-dir {as_typed(small_data)} --wandb disabled"
         assert child.errors.splitlines()[-1].endswith(go_on)
         assert_all_load(tmp_path)
         assert not list(tmp_path.glob("*.tmp-*"))

@@ -219,7 +219,8 @@ def test_ctrl_c_while_it_starts(
     options[options.index("disabled")] = "online"
     at = ("queue.SimpleQueue", 2, "SIGINT")  # made as its process starts
     child = scripts.run("main.py", *options, cwd=tmp_path, env=server("hang") | marked, at=at, expect=130)
-    go_on = f'Go on with: python3 {as_typed(ROOT / "main.py")} --resume --data-dir "{small_data}" --wandb online'
+    script, data = as_typed(ROOT / "main.py"), as_typed(small_data)
+    go_on = f"Go on with: python3 {script} --resume --data-dir {data} --wandb online"
     assert child.errors.splitlines()[-1].endswith(go_on)
 
 

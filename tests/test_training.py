@@ -115,7 +115,7 @@ def test_the_command_to_go_on_names_every_place(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "argv", ["main.py", *given])
     args, names = run_module.parse(main.make_parser())
     run = run_module.Run(args, torch.device("cpu"), args.output_dir, "float", None, None, given=frozenset(names))
-    places = '--output-dir "a b" --data-dir "." --device cpu --wandb offline'
+    places = '--output-dir "a b" --data-dir . --device cpu --wandb offline'
     assert run.resume_command() == f"python3 main.py --resume {places}"
     for script in ("../my scripts/main.py", "bc(1)/main.py"):
         monkeypatch.setattr(sys, "argv", [script])
@@ -140,8 +140,8 @@ def test_another_number_of_threads_is_no_secret(scripts: ScriptServer, small_dat
     at = ("main.distributed.gradient_share", 3, "SIGINT")
     options = [*small_options(small_data), "--threads", 1]
     child = scripts.run("main.py", *options, cwd=tmp_path, at=at, expect=130)
-    script = cli.as_typed(ROOT / "main.py")
-    go_on = f'Go on with: python3 {script} --resume --data-dir "{small_data}" --threads 1 --wandb disabled'
+    script, data = cli.as_typed(ROOT / "main.py"), cli.as_typed(small_data)
+    go_on = f"Go on with: python3 {script} --resume --data-dir {data} --threads 1 --wandb disabled"
     assert child.errors.splitlines()[-1].endswith(go_on)
     options = ["--resume", "--data-dir", small_data, "--wandb", "disabled", "--threads"]
     same = scripts.run("main.py", *options, 1, cwd=tmp_path, at=at, expect=130)
@@ -710,7 +710,7 @@ def test_precision_of_a_cpu_with_torch_2_6(unit: str | None, monkeypatch: pytest
     """It has no `get_capabilities`; these two functions it has."""
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == unit)
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == unit, raising=False)
     expected = "bfloat16" if unit else "float32"
     assert runtime.choose_precision("auto", torch.device("cpu")) == expected
 
