@@ -24,6 +24,7 @@ import cifar10
 from engine import checkpoint, cli, distributed
 from engine.cli import UserError
 from engine.evaluate import Scores, evaluate
+from engine.muon import Muon
 from engine.run import Run, add_training_options, closing
 from engine.tracking import SignWatch
 from engine.training import EVAL_BATCH, fit
@@ -35,7 +36,9 @@ def make_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Train a CIFAR-10 ResNet whose weights are one bit each, with BinaryConnect.")
     add_training_options(parser, lr=0.1, weight_decay=1e-4)
     group = parser.add_argument_group("BinaryConnect (--lr and --weight-decay are those of all other parameters)")
-    group.add_argument("--optimizer", choices=("adam", "sgd"), default="adam", help="optimiser of the latent weights")
+    group.add_argument(
+        "--optimizer", choices=("muon", "adam", "sgd"), default="muon", help="optimizer of the latent weights"
+    )
     group.add_argument(
         "--latent-lr", type=cli.number(0), default=0.01, help="peak learning rate of the latent weights"
     )
@@ -46,7 +49,10 @@ def make_parser() -> cli.ArgumentParser:
         help="let the latent learning rate fall as (1 - t)^P, t from 0 to 1 after the warm-up (default: a cosine)",
     )
     group.add_argument(
-        "--latent-weight-decay", type=cli.number(0), default=0.0, help="L2 penalty on the latent weights"
+        "--latent-weight-decay",
+        type=cli.number(0),
+        default=0.0,
+        help="L2 penalty on the latent weights, for adam and sgd",
     )
     group.add_argument(
         "--logit-scale",
@@ -110,10 +116,10 @@ def make_optimizers(args: object, bc: BC) -> list[Optimizer]:
     group = {"params": latent, "name": "latent_lr"}
     if args.latent_decay_power is not None:
         group["decay_power"] = args.latent_decay_power
-    if args.optimizer == "adam":
-        first: Optimizer = torch.optim.Adam(
-            [group], lr=args.latent_lr, weight_decay=args.latent_weight_decay, fused=True
-        )
+    if args.optimizer == "muon":
+        first: Optimizer = Muon([group], lr=args.latent_lr)
+    elif args.optimizer == "adam":
+        first = torch.optim.Adam([group], lr=args.latent_lr, weight_decay=args.latent_weight_decay, fused=True)
     else:
         first = torch.optim.SGD(
             [group],

@@ -78,7 +78,7 @@ def add_training_options(parser: cli.ArgumentParser, *, lr: float, weight_decay:
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="torch.compile the network (default: where it works and the run is long enough to repay it)",
+        help="torch.compile the network (default: on a GPU, where the run is long enough to repay it)",
     )
     run.add_argument(
         "--precision",

@@ -10,9 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from engine.muon import Muon
 from models.resnet_s import weight_layers
 
-_MOMENTS = {torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.SGD: {"momentum_buffer"}}
+_MOMENTS = {
+    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.SGD: {"momentum_buffer"},
+    Muon: {"momentum_buffer"},
+}
 _MOVING = ("last_epoch", "_step_count", "_last_lr")  # entries of a schedule that say how far it is
 _LARGEST = 1e30  # of a measured number: larger ones overflow where they are drawn
 
