@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine import checkpoint, cli, report
-from engine.checkpoint import BEST, Checkpoint
+from engine import checkpoints, cli, report
+from engine.checkpoints import BEST, Checkpoint
 from engine.files import atomic_write
 from engine.report import fixed, share
 from models import ResNetS
@@ -230,7 +230,7 @@ def _draw_histogram(axes: object, w: Tensor, clipped: bool, bins: int) -> None:
 # -- the script ----------------------------------------------------------------------------------------------
 
 
-def analyse(loaded: Checkpoint, folder: Path) -> None:
+def analyze(loaded: Checkpoint, folder: Path) -> None:
     model = loaded.model(fold=False)
     layers, total, weights = collect(model)
     print("\n".join(report.headline(loaded)))
@@ -248,12 +248,12 @@ def analyse(loaded: Checkpoint, folder: Path) -> None:
 def main() -> None:
     parser = cli.ArgumentParser("Weight statistics of a checkpoint, layer by layer: how binary are its weights?")
     parser.add_argument(
-        "checkpoint", nargs="?", type=Path, default=Path(BEST), metavar="CKPT", help="what to analyse"
+        "checkpoint", nargs="?", type=Path, default=Path(BEST), metavar="CKPT", help="what to analyze"
     )
     cli.add_output_option(parser)
     args = parser.parse_args()
     folder = cli.prepare_output_dir(args.output_dir)
-    analyse(checkpoint.load(args.checkpoint), folder)
+    analyze(checkpoints.load(args.checkpoint), folder)
 
 
 if __name__ == "__main__":

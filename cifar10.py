@@ -186,7 +186,7 @@ def _scale_and_shift(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return (1 / (255 * std)).repeat(SIDE * SIDE), (-mean / std).repeat(SIDE * SIDE)
 
 
-def normalise(images: torch.Tensor) -> torch.Tensor:
+def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 (N, 32, 32, 3) -> float32 (N, 3, 32, 32) in channels_last memory: (x / 255 - MEAN) / STD."""
     scale, shift = _scale_and_shift(images.device)
     rows = torch.addcmul(shift, images.flatten(1).float(), scale)
@@ -212,7 +212,7 @@ def augment(images: torch.Tensor, offsets: torch.Tensor, flips: torch.Tensor) ->
 
 
 class TrainLoader:
-    """Shuffled, augmented, normalised batches: float32 (B, 3, 32, 32) channels_last and labels int64 (B,).
+    """Shuffled, augmented, normalized batches: float32 (B, 3, 32, 32) channels_last and labels int64 (B,).
 
     The plan of an epoch (order, crops, mirrored images) is a pure function of (seed, epoch): a run that is
     resumed in the middle of an epoch draws the same plan and skips the steps it has done. Every image comes
@@ -254,7 +254,7 @@ class TrainLoader:
 
     def _plan(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of an epoch, in order of use: images int64 (N,), crop offsets int64 (N, 2), mirrored bool (N,)."""
-        # SeedSequence mixes the two numbers, so that neighbouring seeds and epochs share nothing.
+        # SeedSequence mixes the two numbers, so that neighboring seeds and epochs share nothing.
         mixed = np.random.SeedSequence([self.seed % 2**64, epoch]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(mixed[0]))
         count, device = len(self.labels), self.images.device
@@ -276,19 +276,19 @@ class TrainLoader:
             images = self.images[order[shard]]
             if self.augment:
                 images = augment(images, offsets[shard], flips[shard])
-            yield normalise(images), self.labels[order[shard]]
+            yield normalize(images), self.labels[order[shard]]
 
 
 def eval_batches(
     split: Split, batch_size: int, device: torch.device | str = "cpu", *, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Every image of `split` once, in order: normalised float32 (B, 3, 32, 32), labels int64 (B,).
+    """Every image of `split` once, in order: normalized float32 (B, 3, 32, 32), labels int64 (B,).
 
     With several processes, those whose place in the split leaves the remainder `rank`.
     """
     images, labels = split.images[rank::world_size], split.labels[rank::world_size]
     for batch, its_labels in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        yield normalise(batch.to(device)), its_labels.to(device)
+        yield normalize(batch.to(device)), its_labels.to(device)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import cifar10
-from engine import checkpoint, cli, report, runtime
-from engine.checkpoint import BEST
+from engine import checkpoints, cli, report, runtime
+from engine.checkpoints import BEST
 from engine.cli import UserError
 from engine.evaluate import Scores, evaluate
 from engine.files import atomic_write, keep_source
@@ -25,7 +25,7 @@ from engine.files import atomic_write, keep_source
 LATENT_NOTE = """\
 ⚠ These are latent weights. The BatchNorm statistics beside them come from
   forward passes with binary weights, so the figure below means little; the
-  meaningful one is that of the binarised network: see eval_binarized.py."""
+  meaningful one is that of the binarized network: see eval_binarized.py."""
 
 SAMPLES = 24  # right and wrong predictions drawn, of each so many
 
@@ -119,13 +119,13 @@ def _draw_confusion(axes: object, scores: Scores) -> None:
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
     for true, row in enumerate(scores.confusion.tolist()):
         for predicted, count in enumerate(row):
-            colour = "white" if shares[true, predicted] > 55 else "black" if count else "0.75"
-            axes.text(predicted, true, f"{count:,}", ha="center", va="center", color=colour, fontsize=10)
+            color = "white" if shares[true, predicted] > 55 else "black" if count else "0.75"
+            axes.text(predicted, true, f"{count:,}", ha="center", va="center", color=color, fontsize=10)
     places = range(len(cifar10.CLASSES))
     axes.set_xticks(places, cifar10.CLASSES, rotation=45, ha="right")
     axes.set_yticks(places, cifar10.CLASSES)
     axes.set(
-        xlabel="predicted class", ylabel="true class", title="Confusion matrix (images; colour: share of the row)"
+        xlabel="predicted class", ylabel="true class", title="Confusion matrix (images; color: share of the row)"
     )
 
 
@@ -138,7 +138,7 @@ def _draw_samples(axes: object, title: str, samples: list[tuple[int, int]], spli
         sheet[top : top + cifar10.SIDE, left : left + cifar10.SIDE] = split.images[index]
         label = int(split.labels[index])
         name = cifar10.CLASSES[predicted] + (f"\n({cifar10.CLASSES[label]})" if predicted != label else "")
-        colour = "tab:green" if predicted == label else "tab:red"
+        color = "tab:green" if predicted == label else "tab:red"
         axes.text(
             left + cifar10.SIDE / 2,
             top + cifar10.SIDE + 0.5,
@@ -146,7 +146,7 @@ def _draw_samples(axes: object, title: str, samples: list[tuple[int, int]], spli
             ha="center",
             va="top",
             fontsize=9,
-            color=colour,
+            color=color,
             linespacing=1.05,
         )
     axes.imshow(sheet.numpy(), interpolation="nearest")
@@ -162,7 +162,7 @@ def main() -> None:
     device = cli.select_device(args.device, args.threads)
     runtime.keep_freed_memory()
     check_plot(args.plot)
-    loaded = checkpoint.load(args.checkpoint)
+    loaded = checkpoints.load(args.checkpoint)
     if args.plot:
         keep_source(args.checkpoint, args.plot)
     data = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)

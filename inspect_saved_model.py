@@ -1,7 +1,7 @@
 """What is in this .pth? Works on any file of torch.save, ours or not, and never runs code from it.
 
 python3 inspect_saved_model.py best_model.pth
-python3 inspect_saved_model.py checkpoint_last.pth --all    every tensor of the optimiser on a line of its own
+python3 inspect_saved_model.py checkpoint_last.pth --all    every tensor of the optimizer on a line of its own
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import checkpoint, cli
-from engine.checkpoint import BINARY_1BIT, Checkpoint
+from engine import checkpoints, cli
+from engine.checkpoints import BINARY_1BIT, Checkpoint
 from engine.cli import UserError
 from engine.report import counted, narrow, share, what_it_is
 from models.resnet_s import weight_layers
@@ -113,7 +113,7 @@ def find_tensors(value: Any) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
 def group_tensors(value: Any, *, apart: bool) -> dict[str, dict[str, list[Tensor]]]:
     """The tensors by entry of the file and by name within it.
 
-    Those whose paths differ in a number only, as an optimiser's state does, come under one name, and so does
+    Those whose paths differ in a number only, as an optimizer's state does, come under one name, and so does
     the second network in `training`, the best one so far, unless `apart`.
     """
     groups: dict[str, dict[str, list[Tensor]]] = {}
@@ -215,7 +215,7 @@ def _brief(value: Any, depth: int) -> str:
         if len(items) > 4:
             return f"[{len(items):,} items, the last {_brief(items[-1], depth - 1)}]"
         return "[" + ", ".join(_brief(item, depth - 1) for item in items) + "]"
-    return str(value)  # a dtype or a device: engine.checkpoint.read lets nothing else through
+    return str(value)  # a dtype or a device: engine.checkpoints.read lets nothing else through
 
 
 def print_metadata(values: dict[Any, Any], indent: int = 2) -> None:
@@ -248,7 +248,7 @@ def describe(path: Path, raw: Any) -> list[str]:
     ours = "format_version" in raw
     lines = [f"What it is: a checkpoint {'of this collection' if ours else 'that others made'}"]
     try:
-        loaded = checkpoint.load(path)
+        loaded = checkpoints.load(path)
     except UserError as error:
         return [*lines, *_fill(f"Fits: ✗ none of our networks: {_without_path(error, path)}")]
     lines += _fill(f"Fits: ✓ {what_it_is(loaded)}")
@@ -280,7 +280,7 @@ def describe_keys(path: Path, raw: Any) -> list[str]:
     if not isinstance(raw, dict) or raw.get("kind") == BINARY_1BIT:
         return []
     try:
-        _, renamed = checkpoint.bare_state_dict(path, raw)
+        _, renamed = checkpoints.bare_state_dict(path, raw)
     except UserError:
         return []
     holder = [key for key, value in raw.items() if isinstance(value, dict) and list(value) == list(renamed)]
@@ -310,10 +310,10 @@ def _without_path(error: UserError, path: Path) -> str:
 def main() -> None:
     parser = cli.ArgumentParser("Show what is in a .pth file, ours or not. No code in the file is run.")
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="the file to look into")
-    parser.add_argument("--all", action="store_true", help="list the tensors of an optimiser one by one, too")
+    parser.add_argument("--all", action="store_true", help="list the tensors of an optimizer one by one, too")
     args = parser.parse_args()
     path = args.checkpoint
-    raw, sha256 = checkpoint.read(path)
+    raw, sha256 = checkpoints.read(path)
     size = path.stat().st_size
 
     print(f"File: {path}\n  {size:,} bytes ({size / 1e6:.2f} MB)\n  SHA-256 {sha256}")

@@ -16,22 +16,22 @@ import torch
 from torch import Tensor
 
 import cifar10
-from engine import checkpoint, cli, onnx_export
-from engine.checkpoint import BINARIZED
+from engine import checkpoints, cli, onnx_export
+from engine.checkpoints import BINARIZED
 from engine.cli import UserError
 from engine.evaluate import evaluate
 from models import ResNetS
 from models.binaryconnect import is_binary
-from models.bitpack import fold_normalisation
+from models.bitpack import fold_normalization
 from models.resnet_s import weight_layers
 
 
 def load_binary_network(path: Path) -> ResNetS:
-    """The network of a binarised or 1-bit file: its weights verified, then its normalisation folded for speed."""
-    loaded = checkpoint.load(path)
-    if loaded.kind not in ("binary", checkpoint.BINARY_1BIT):
+    """The network of a binarized or 1-bit file: its weights verified, then its normalization folded for speed."""
+    loaded = checkpoints.load(path)
+    if loaded.kind not in ("binary", checkpoints.BINARY_1BIT):
         advice = (
-            "binarise it with eval_binarized.py" if loaded.kind == "latent" else "train with main_binary.py first"
+            "binarize it with eval_binarized.py" if loaded.kind == "latent" else "train with main_binary.py first"
         )
         raise UserError(f"{path}: its weights are {loaded.kind}, not binary; {advice}")
     model = loaded.model(fold=False)  # the weights are still -1 and +1
@@ -39,11 +39,11 @@ def load_binary_network(path: Path) -> ResNetS:
     if not all(is_binary(layer.weight) for _, layer in layers):
         raise UserError(f"{path}: holds weights that are neither -1 nor +1")
     print(f"✓ {path}: all {sum(layer.weight.numel() for _, layer in layers):,} weights are -1 or +1")
-    return fold_normalisation(model)  # the weights are now -scale and +scale: same outputs, less work
+    return fold_normalization(model)  # the weights are now -scale and +scale: same outputs, less work
 
 
 def main() -> None:
-    parser = cli.ArgumentParser("Example: load a binarised, 1-bit or ONNX network, verify it, classify with it.")
+    parser = cli.ArgumentParser("Example: load a binarized, 1-bit or ONNX network, verify it, classify with it.")
     parser.add_argument("checkpoint", nargs="?", type=Path, default=Path(BINARIZED), metavar="CKPT", help="the file")
     cli.add_data_options(parser, batch_size=500)
     args = parser.parse_args()
@@ -57,7 +57,7 @@ def main() -> None:
     test = data.test
 
     def batches(split: cifar10.Split) -> Iterable[tuple[Tensor, Tensor]]:
-        """Images and labels: to an ONNX network go the pixels themselves, to a torch network normalised ones."""
+        """Images and labels: to an ONNX network go the pixels themselves, to a torch network normalized ones."""
         if onnx:
             return zip(split.images.split(args.batch_size), split.labels.split(args.batch_size), strict=True)
         return cifar10.eval_batches(split, args.batch_size, device)

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import cifar10
-from engine import cli, distributed
+from engine import cli
 from engine.evaluate import Scores, evaluate
-from engine.run import Run, add_training_options, closing
-from engine.training import EVAL_BATCH, fit
+from engine.training import distributed
+from engine.training.loop import EVAL_BATCH, fit
+from engine.training.run import Run, add_training_options, closing
 from models import build
 
 

@@ -21,15 +21,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import cifar10
-from engine import checkpoint, cli, distributed
+from engine import checkpoints, cli
 from engine.cli import UserError
 from engine.evaluate import Scores, evaluate
-from engine.muon import Muon
-from engine.run import Run, add_training_options, closing
-from engine.tracking import SignWatch
-from engine.training import EVAL_BATCH, fit
+from engine.training import distributed
+from engine.training.loop import EVAL_BATCH, fit
+from engine.training.muon import Muon
+from engine.training.run import Run, add_training_options, closing
+from engine.training.tracking import SignWatch
 from models import BC, build
-from models.bitpack import fold_normalisation
+from models.bitpack import fold_normalization
 
 
 def make_parser() -> cli.ArgumentParser:
@@ -56,7 +57,7 @@ def make_parser() -> cli.ArgumentParser:
     )
     group.add_argument(
         "--logit-scale",
-        type=cli.number(0, above=True, maximum=checkpoint.LARGEST_LOGIT_SCALE),
+        type=cli.number(0, above=True, maximum=checkpoints.LARGEST_LOGIT_SCALE),
         default=0.125,
         help="constant on the network's whole output, in the loss only: it changes no prediction",
     )
@@ -64,7 +65,7 @@ def make_parser() -> cli.ArgumentParser:
         "--stochastic", action="store_true", help="draw the signs at random, as the paper's section 2.3"
     )
     group.add_argument("--init", type=Path, metavar="CKPT", help="start from these weights, clipped to [-1, 1]")
-    group.add_argument("--teacher", type=Path, metavar="CKPT", help="distil from this full-precision checkpoint")
+    group.add_argument("--teacher", type=Path, metavar="CKPT", help="distill from this full-precision checkpoint")
     group.add_argument(
         "--temperature",
         type=cli.number(0, above=True, maximum=1000),
@@ -80,24 +81,24 @@ def make_parser() -> cli.ArgumentParser:
     return parser
 
 
-def load_init(path: Path | None, arch: str) -> checkpoint.Checkpoint | None:
+def load_init(path: Path | None, arch: str) -> checkpoints.Checkpoint | None:
     """The checkpoint of --init. Raises UserError where it is of another architecture or packed."""
     if path is None:
         return None
-    loaded = checkpoint.load(path)
+    loaded = checkpoints.load(path)
     if loaded.arch != arch:
         raise UserError(f"--init {path}: is a {loaded.arch}, but --arch is {arch}")
-    if loaded.kind == checkpoint.BINARY_1BIT:
+    if loaded.kind == checkpoints.BINARY_1BIT:
         raise UserError(f"--init {path}: a 1-bit file has no latent weights; use the checkpoint it was made from")
     return loaded
 
 
-def load_teacher(path: Path | None, resumed: checkpoint.Checkpoint | None) -> checkpoint.Checkpoint | None:
+def load_teacher(path: Path | None, resumed: checkpoints.Checkpoint | None) -> checkpoints.Checkpoint | None:
     """The checkpoint of --teacher, of any architecture. Raises UserError unless it is one in full precision, and,
     for a run that is resumed, the one it began with, whatever its name and place are now."""
     if path is None:
         return None
-    loaded = checkpoint.load(path)
+    loaded = checkpoints.load(path)
     if resumed and loaded.sha256 != resumed.raw.get("teacher_sha256"):
         raise UserError(f"--teacher {path}: not the file that {resumed.path} was run with; name the one that is")
     if loaded.kind not in ("float", "unknown"):
@@ -106,7 +107,7 @@ def load_teacher(path: Path | None, resumed: checkpoint.Checkpoint | None) -> ch
 
 
 def make_optimizers(args: object, bc: BC) -> list[Optimizer]:
-    """One optimiser for the latent weights, one for biases and BatchNorm.
+    """One optimizer for the latent weights, one for biases and BatchNorm.
 
     Weight decay would drag latent weights towards zero, where signs flip at random: they have their own.
     """
@@ -159,20 +160,20 @@ def make_train_step(
     def train_step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         for optimizer in optimizers:
             optimizer.zero_grad()
-        bc.binarization()  # 1. binarise: the weights become sign(w), the latent weights w are put by
+        bc.binarization()  # 1. binarize: the weights become sign(w), the latent weights w are put by
         with run.autocast():
             logits = network(images)  # 2. forward with binary weights: (N, 3, 32, 32) -> (N, 10)
         loss = criterion(logit_scale * logits.float(), images, labels)
         run.backward(loss, len(labels))  # 3. backward, with binary weights as well
         bc.restore()  # 4. the latent weights are back; the gradient is still that of the binary ones
-        run.step(*optimizers)  # 5. optimiser step on the latent weights: small changes add up to a flip
+        run.step(*optimizers)  # 5. optimizer step on the latent weights: small changes add up to a flip
         bc.clip()  # 6. the latent weights stay in [-1, 1]
         return loss, logits
 
     return train_step
 
 
-def train(run: Run, init: checkpoint.Checkpoint | None, taught_by: checkpoint.Checkpoint | None) -> None:
+def train(run: Run, init: checkpoints.Checkpoint | None, taught_by: checkpoints.Checkpoint | None) -> None:
     args = run.args
     data = cifar10.load(
         args.data_dir, val_size=args.val_size, limit_train=args.limit_train, limit_test=args.limit_test
@@ -190,7 +191,7 @@ def train(run: Run, init: checkpoint.Checkpoint | None, taught_by: checkpoint.Ch
     bc.clip()
     optimizers = make_optimizers(args, bc)
     network = run.wrap(bc, len(data.train))
-    teacher = run.place(fold_normalisation(taught_by.model())) if taught_by else None  # folded: less work
+    teacher = run.place(fold_normalization(taught_by.model())) if taught_by else None  # folded: less work
 
     def criterion(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
@@ -206,7 +207,7 @@ def train(run: Run, init: checkpoint.Checkpoint | None, taught_by: checkpoint.Ch
     def score(split_name: str) -> Scores:
         split = getattr(data, split_name)
         batches = cifar10.eval_batches(split, EVAL_BATCH, run.device, rank=rank, world_size=world_size)
-        with bc.binarized():  # the binarised network is the result: it is what is scored and chosen
+        with bc.binarized():  # the binarized network is the result: it is what is scored and chosen
             return evaluate(model, batches, len(split), logit_scale=args.logit_scale, progress="scoring")
 
     run.describe(model, len(data.train), data.scored_on)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import cifar10
-from engine import binarised, checkpoint, cli, onnx_export
-from engine.checkpoint import BEST, BINARIZED, BINARY_1BIT, PACKED, Checkpoint
+from engine import binarized, checkpoints, cli, onnx_export
+from engine.checkpoints import BEST, BINARIZED, BINARY_1BIT, PACKED, Checkpoint
 from engine.cli import UserError
 from engine.evaluate import Scores, evaluate
 from engine.files import atomic_write, keep_source
@@ -35,7 +35,7 @@ INT8_IMAGES = 3  # so many images are allowed in any case: of few, one is much
 def make_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Pack a BinaryConnect network to one bit per weight and prove that nothing is lost.")
     parser.add_argument(
-        "checkpoint", nargs="?", type=Path, default=Path(BEST), metavar="CKPT", help="latent or binarised weights"
+        "checkpoint", nargs="?", type=Path, default=Path(BEST), metavar="CKPT", help="latent or binarized weights"
     )
     parser.add_argument(
         "--keep-batchnorm",
@@ -116,28 +116,28 @@ def pack(loaded: Checkpoint, model: ResNetS, scores: Scores, *, keep_batchnorm: 
     """The content of the 1-bit file: signs, floats and a short description."""
     about = {"accuracy": scores.accuracy, "test_images": scores.images, "logit_scale": loaded.logit_scale}
     packed = pack_model(model, loaded.arch, keep_batchnorm=keep_batchnorm)
-    made = checkpoint.make(loaded.arch, BINARY_1BIT, None) | packed | about
-    return checkpoint.serialise(made | {"source_sha256": loaded.sha256})
+    made = checkpoints.make(loaded.arch, BINARY_1BIT, None) | packed | about
+    return checkpoints.serialize(made | {"source_sha256": loaded.sha256})
 
 
-def binarised_file(loaded: Checkpoint, model: ResNetS, folder: Path) -> tuple[str, int]:
-    """Name and bytes of the same network in float32: a file that is there, or one serialised in memory."""
+def binarized_file(loaded: Checkpoint, model: ResNetS, folder: Path) -> tuple[str, int]:
+    """Name and bytes of the same network in float32: a file that is there, or one serialized in memory."""
     if loaded.kind == "binary":
         return loaded.path.name, loaded.path.stat().st_size
     path = folder / BINARIZED
     try:
-        if checkpoint.load(path).source_sha256 == loaded.sha256:
+        if checkpoints.load(path).source_sha256 == loaded.sha256:
             return BINARIZED, path.stat().st_size
     except UserError:
         pass  # not there, or not a checkpoint
-    content = checkpoint.serialise(checkpoint.make(loaded.arch, "binary", model.state_dict()))
+    content = checkpoints.serialize(checkpoints.make(loaded.arch, "binary", model.state_dict()))
     return "in memory", len(content)
 
 
 def print_sizes(loaded: Checkpoint, model: ResNetS, packed_bytes: int, folder: Path) -> None:
     """A table of bytes, measured from the files, and how many times smaller each is than the first."""
-    name, size = binarised_file(loaded, model, folder)
-    rows = [(f"binarised, float32 ({name})", size), (f"1 bit a weight ({PACKED})", packed_bytes)]
+    name, size = binarized_file(loaded, model, folder)
+    rows = [(f"binarized, float32 ({name})", size), (f"1 bit a weight ({PACKED})", packed_bytes)]
     if loaded.kind != "binary":
         rows.insert(0, (f"{loaded.kind}, float32 ({loaded.path.name})", loaded.path.stat().st_size))
     rows.append(("information limit: signs, scales, shifts, bias", information_bytes(model)))
@@ -191,7 +191,7 @@ def main() -> None:
     args = parse_arguments()
     device = cli.select_device(args.device, args.threads)
     folder = cli.prepare_output_dir(args.output_dir)
-    loaded = checkpoint.load(args.checkpoint)
+    loaded = checkpoints.load(args.checkpoint)
     if loaded.kind == BINARY_1BIT:
         raise UserError(f"{args.checkpoint}: is packed already; give the checkpoint it was made from")
     keep_source(args.checkpoint, folder / PACKED)
@@ -201,12 +201,12 @@ def main() -> None:
     data = cifar10.load(args.data_dir, train=args.int8, limit_train=calibration, limit_test=args.limit_test)
 
     print(f"{args.checkpoint}: {loaded.arch}, {loaded.kind} weights")
-    model = binarised.binarised_model(loaded)
-    print(f"Binarised, scored on {data.scored_on}:")
+    model = binarized.binarized_model(loaded)
+    print(f"Binarized, scored on {data.scored_on}:")
     scores, logits = score(model, data, args.batch_size, device, loaded.path)
     content = pack(loaded, model, scores, keep_batchnorm=args.keep_batchnorm)
     path = folder / PACKED
-    packed = checkpoint.load(args.checkpoint, content)  # as it will be in the file, before the file is there
+    packed = checkpoints.load(args.checkpoint, content)  # as it will be in the file, before the file is there
     prove_same_signs(model, packed.model(fold=False))
     print("Unpacked and folded, on the same images:")
     unpacked = score(packed.model(), data, args.batch_size, device, loaded.path)
@@ -214,7 +214,7 @@ def main() -> None:
         prove_same_logits(logits, unpacked[1])
     except RuntimeError as error:  # BatchNorm may hold numbers that float32 cannot fold
         raise UserError(f"{args.checkpoint}: cannot be packed: {error}") from error
-    binarised.write(path, content, loaded.sha256)
+    binarized.write(path, content, loaded.sha256)
     if path.read_bytes() != content:
         raise UserError(f"{path}: reads back other than it was written; is another process writing it too?")
     print(f"✓ Saved 1-bit model: {path}, {len(content):,} bytes")

@@ -5,8 +5,8 @@
 
 Prints images per second, the latency of single images, peak memory, file size and accuracy of each way, and saves a
 bar chart, inference.png. The ways take turns within each round, so that whatever else the machine does meets all of
-them; given is the speed of the median call. torch and the plain ONNX files get images that are normalised already,
-our ONNX files the pixels, which they normalise themselves. Needs requirements-onnx.txt.
+them; given is the speed of the median call. torch and the plain ONNX files get images that are normalized already,
+our ONNX files the pixels, which they normalize themselves. Needs requirements-onnx.txt.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from torch_int8 import TorchInt8Network
 
 import cifar10
-from engine import binarised, checkpoint, cli, onnx_export, runtime
-from engine.checkpoint import BEST, BINARY_1BIT, Checkpoint
+from engine import binarized, checkpoints, cli, onnx_export, runtime
+from engine.checkpoints import BEST, BINARY_1BIT, Checkpoint
 from engine.cli import UserError
 from engine.files import atomic_write
 from models import ResNetS
@@ -65,7 +65,7 @@ class Way:
 def write_files(loaded: Checkpoint, model: ResNetS, data: cifar10.Data, folder: Path) -> list[Way]:
     """All files of the network, written to `folder`, from the float32 checkpoint to the 1-bit int8 ONNX file."""
     names = {
-        "torch eager, float32": "binarised.pth",
+        "torch eager, float32": "binarized.pth",
         "torch, BatchNorm folded": "1bit.pth",
         TORCH_INT8: "1bit.pth",
         "ONNX Runtime float32": "plain.onnx",
@@ -74,20 +74,20 @@ def write_files(loaded: Checkpoint, model: ResNetS, data: cifar10.Data, folder: 
         "ours, 1-bit ONNX int8": "1bit_int8.onnx",
     }
     ways = [Way(name, folder / file) for name, file in names.items()]
-    checkpoint.save(folder / "binarised.pth", checkpoint.make(loaded.arch, "binary", model.state_dict()))
-    packed = checkpoint.make(loaded.arch, BINARY_1BIT, None) | pack_model(model, loaded.arch)
-    checkpoint.save(folder / "1bit.pth", packed)
+    checkpoints.save(folder / "binarized.pth", checkpoints.make(loaded.arch, "binary", model.state_dict()))
+    packed = checkpoints.make(loaded.arch, BINARY_1BIT, None) | pack_model(model, loaded.arch)
+    checkpoints.save(folder / "1bit.pth", packed)
     images = data.train.images[:CALIBRATION_IMAGES]
-    write_plain_onnx(checkpoint.load(folder / "1bit.pth").model(), images, folder)
+    write_plain_onnx(checkpoints.load(folder / "1bit.pth").model(), images, folder)
     for name, calibration in (("1bit.onnx", None), ("1bit_int8.onnx", images.numpy())):
         (folder / name).write_bytes(onnx_export.export(model, cifar10.MEAN, cifar10.STD, calibration))
     return ways
 
 
 def write_plain_onnx(model: ResNetS, images: Tensor, folder: Path) -> None:
-    """What onnxruntime's own tools make of the network: torch's export, and its static quantisation.
+    """What onnxruntime's own tools make of the network: torch's export, and its static quantization.
 
-    Unsigned activations, signed weights with a scale per channel: of the forms that the quantiser offers, the one
+    Unsigned activations, signed weights with a scale per channel: of the forms that the quantizer offers, the one
     whose every convolution becomes an integer one. (Its default, signed activations, leaves 10 of 19 in float.)
     Weights of 7 bits (`reduce_range`): x86 CPUs without VNNI add pairs of products in 16 bits, which 8-bit weights
     overflow (benchmarks/speed.md); -1 and +1 lose nothing by it.
@@ -101,7 +101,7 @@ def write_plain_onnx(model: ResNetS, images: Tensor, folder: Path) -> None:
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             batch = next(self.batches, None)
-            return None if batch is None else {"images": cifar10.normalise(batch).contiguous().numpy()}
+            return None if batch is None else {"images": cifar10.normalize(batch).contiguous().numpy()}
 
     logging.getLogger().setLevel(logging.ERROR)
     plain, prepared = str(folder / "plain.onnx"), str(folder / "prepared.onnx")
@@ -122,24 +122,24 @@ def write_plain_onnx(model: ResNetS, images: Tensor, folder: Path) -> None:
 
 
 def open_way(way: Way, images: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of pixels uint8 (N, 32, 32, 3) and the same images normalised that computes the logits.
+    """A function of pixels uint8 (N, 32, 32, 3) and the same images normalized that computes the logits.
 
-    images: normalised training images, for the ranges of torch's int8 convolutions.
+    images: normalized training images, for the ranges of torch's int8 convolutions.
     """
     if way.file.name.startswith("1bit") and way.file.suffix == ".onnx":
         network = onnx_export.OnnxNetwork(way.file)
-        return lambda pixels, _normalised: network(pixels)
+        return lambda pixels, _normalized: network(pixels)
     if way.file.suffix == ".onnx":
         session = onnx_export.start_session(way.file.read_bytes())
-        return lambda _pixels, normalised: torch.from_numpy(session.run(None, {"images": normalised.numpy()})[0])
-    loaded = checkpoint.load(way.file)
+        return lambda _pixels, normalized: torch.from_numpy(session.run(None, {"images": normalized.numpy()})[0])
+    loaded = checkpoints.load(way.file)
     model = loaded.model().to(memory_format=torch.channels_last)
     if way.name == TORCH_INT8:
         model = TorchInt8Network(loaded.model(fold=False), model, images)
 
-    def run(_pixels: Tensor, normalised: Tensor) -> Tensor:
+    def run(_pixels: Tensor, normalized: Tensor) -> Tensor:
         with torch.inference_mode():
-            return model(normalised)
+            return model(normalized)
 
     return run
 
@@ -169,14 +169,14 @@ def peak_memory(way: Way, threads: int, pixels: Tensor) -> float | None:
     torch.set_num_threads(threads)
     import onnxruntime  # noqa: F401 - among the imports of every way, so that they compare
 
-    images = cifar10.normalise(pixels)
-    normalised = plain(images, way)
+    images = cifar10.normalize(pixels)
+    normalized = plain(images, way)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use (man 5 proc)
         before = _status_bytes("VmHWM")
         run = open_way(way, images)
         for _ in range(2):
-            run(pixels, normalised)
+            run(pixels, normalized)
         return (_status_bytes("VmHWM") - before) / 1e6
     except OSError:
         return None
@@ -187,17 +187,17 @@ def _status_bytes(key: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
-def plain(normalised: Tensor, way: Way) -> Tensor:
-    """Normalised images in the memory format that this way wants: row-major for ONNX, channels_last for torch."""
-    return normalised.contiguous() if way.file.suffix == ".onnx" else normalised
+def plain(normalized: Tensor, way: Way) -> Tensor:
+    """Normalized images in the memory format that this way wants: row-major for ONNX, channels_last for torch."""
+    return normalized.contiguous() if way.file.suffix == ".onnx" else normalized
 
 
 def time_round(ways: list[Way], runs: list[Callable], pixels: Tensor, seconds: float, bar: tqdm) -> None:
     """Each way for `seconds` (at least two calls) at each batch size."""
-    normalised = cifar10.normalise(pixels)
+    normalized = cifar10.normalize(pixels)
     for batch in BATCHES:
         for way, run in zip(ways, runs, strict=True):
-            inputs = pixels[:batch], plain(normalised[:batch], way)
+            inputs = pixels[:batch], plain(normalized[:batch], way)
             time.sleep(0.05)  # the threads of the way before it spin a little while before they sleep
             run(*inputs)
             calls: list[float] = []
@@ -213,7 +213,7 @@ def score(run: Callable, test: cifar10.Split, way: Way) -> float:
     """Per cent of the test images that this way classifies correctly."""
     correct = 0
     for pixels, labels in zip(test.images.split(500), test.labels.split(500), strict=True):
-        correct += int((run(pixels, plain(cifar10.normalise(pixels), way)).argmax(1) == labels).sum())
+        correct += int((run(pixels, plain(cifar10.normalize(pixels), way)).argmax(1) == labels).sum())
     return 100 * correct / len(test)
 
 
@@ -241,8 +241,8 @@ def draw_chart(path: Path, ways: list[Way], title: str) -> None:
     figure.suptitle(title)
     for axes, batch in zip(figure.subplots(2, 2).flat, BATCHES, strict=True):
         rates = [way.rate(batch) for way in ways]
-        colours = ["tab:green" if way.name.startswith("ours") else "tab:gray" for way in ways]
-        bars = axes.barh([way.name for way in ways], rates, color=colours)
+        colors = ["tab:green" if way.name.startswith("ours") else "tab:gray" for way in ways]
+        bars = axes.barh([way.name for way in ways], rates, color=colors)
         axes.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3, fontsize=8)
         axes.invert_yaxis()
         axes.margins(x=0.15)
@@ -254,7 +254,7 @@ def draw_chart(path: Path, ways: list[Way], title: str) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = cli.ArgumentParser("Measure how fast a binary ResNet classifies, by seven ways to run it, on the CPU.")
     parser.add_argument(
-        "checkpoint", nargs="?", type=Path, default=Path(BEST), metavar="CKPT", help="latent or binarised weights"
+        "checkpoint", nargs="?", type=Path, default=Path(BEST), metavar="CKPT", help="latent or binarized weights"
     )
     cli.add_data_dir_option(parser)
     parser.add_argument("--limit-test", type=cli.integer(1), metavar="N", help="score the first N test images only")
@@ -270,18 +270,18 @@ def main() -> None:
     onnx_export.require("onnx", "onnxruntime")
     cli.select_device("cpu", args.threads)
     output = cli.prepare_output_dir(args.output_dir)
-    loaded = checkpoint.load(args.checkpoint)
+    loaded = checkpoints.load(args.checkpoint)
     if loaded.kind == BINARY_1BIT:
         raise UserError(f"{args.checkpoint}: is a 1-bit file; give the checkpoint it was made from")
     data = cifar10.load(args.data_dir, limit_train=CALIBRATION_IMAGES, limit_test=args.limit_test)
-    model = binarised.binarised_model(loaded)
+    model = binarized.binarized_model(loaded)
     about = f"{loaded.arch} on {runtime.describe(torch.device('cpu'))}"
     print(f"{about}, scored on {data.scored_on}")
 
     with tempfile.TemporaryDirectory() as folder:
         ways = write_files(loaded, model, data, Path(folder))
         pixels = data.train.images[torch.arange(max(BATCHES)) % len(data.train)]
-        ways, runs = open_ways(ways, cifar10.normalise(pixels))
+        ways, runs = open_ways(ways, cifar10.normalize(pixels))
         steps = args.rounds * len(ways) * len(BATCHES) + 2 * len(ways)
         with tqdm(total=steps, unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
             for way, run in zip(ways, runs, strict=True):

@@ -1,6 +1,6 @@
 """A binary network on torch's own int8 convolutions (oneDNN, CPU), called directly: no compiler, no export.
 
-`torch.ops.onednn.qconv2d_pointwise` is what torch.compile's quantised graphs call; it has no promise of staying as it
+`torch.ops.onednn.qconv2d_pointwise` is what torch.compile's quantized graphs call; it has no promise of staying as it
 is, so it serves the comparison in inference.py and nothing else.
 """
 
@@ -40,9 +40,9 @@ class _Int8Convolution:
 
 
 class TorchInt8Network:
-    """The network on normalised float32 (N, 3, 32, 32): logits (N, 10). First convolution and classifier in float32.
+    """The network on normalized float32 (N, 3, 32, 32): logits (N, 10). First convolution and classifier in float32.
 
-    model: weights -1 and +1, not folded; folded: the same network, folded. images: normalised, for the ranges.
+    model: weights -1 and +1, not folded; folded: the same network, folded. images: normalized, for the ranges.
     """
 
     def __init__(self, model: ResNetS, folded: ResNetS, images: Tensor) -> None:

@@ -35,13 +35,13 @@ import main as float_script  # noqa: E402
 import main_binary as binary_script  # noqa: E402
 from engine import cli, runtime  # noqa: E402
 from engine.files import atomic_write  # noqa: E402
-from engine.run import Run  # noqa: E402
-from engine.tracking import SignWatch  # noqa: E402
-from engine.training import Trainer  # noqa: E402
+from engine.training.loop import Trainer  # noqa: E402
+from engine.training.run import Run  # noqa: E402
+from engine.training.tracking import SignWatch  # noqa: E402
 from models import BC, build  # noqa: E402
 from models.resnet_s import weight_layers  # noqa: E402
 
-PARTS = ("data", "binary", "forward", "backward", "optimiser")
+PARTS = ("data", "binary", "forward", "backward", "optimizer")
 PICTURE = "train_throughput.png"
 WARM_UP = 6  # steps before the clock starts, in each turn: the batches that the DataLoader's workers have ready
 CPU = torch.device("cpu")
@@ -142,8 +142,8 @@ class Textbook(Contender):
         self.forward = self.timed("forward", self.model)
         self.criterion = nn.CrossEntropyLoss()
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3)
-        self.zero_grad = self.timed("optimiser", optimizer.zero_grad)
-        self.step = self.timed("optimiser", optimizer.step)
+        self.zero_grad = self.timed("optimizer", optimizer.zero_grad)
+        self.step = self.timed("optimizer", optimizer.step)
         self.running_loss = 0.0
 
     def _train(self, steps: int) -> None:
@@ -171,13 +171,13 @@ class Ours(Contender):
         args = script.make_parser().parse_args([*options, "--compile" if compiled else "--no-compile"])
         run = Run(args, CPU, Path("."), "latent" if binary else "float", None, None, precision=precision)
         run.backward = self.timed("backward", run.backward)
-        run.step = self.timed("optimiser", run.step)
+        run.step = self.timed("optimizer", run.step)
         torch.manual_seed(args.seed)
         self.batches = self._forever(cifar10.TrainLoader(split, args.batch_size, seed=args.seed), args.batch_size)
         make = self._binary_step if binary else self._float_step
         model, optimizers, step, watch = make(run, len(split))
         for optimizer in optimizers:
-            optimizer.zero_grad = self.timed("optimiser", optimizer.zero_grad)
+            optimizer.zero_grad = self.timed("optimizer", optimizer.zero_grad)
         self.steps_per_epoch, self.labels = 1000, split.labels  # what the trainer asks of a loader
         self.trainer = Trainer(run, model, optimizers, self, step, None, "test", watch, {})
 
@@ -309,8 +309,8 @@ def save_chart(path: Path, contenders: list[Contender], limits: dict[str, float]
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     names = [contender.name for contender in contenders]
-    colours = ["gray" if c is contenders[0] else "C1" if "Binary" in c.name else "C0" for c in contenders]
-    bars = axes.barh(names, [contender.speed for contender in contenders], color=colours)
+    colors = ["gray" if c is contenders[0] else "C1" if "Binary" in c.name else "C0" for c in contenders]
+    bars = axes.barh(names, [contender.speed for contender in contenders], color=colors)
     axes.bar_label(bars, fmt="{:,.0f}", padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.12)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 EXIT_MISTAKE = 2
 EXIT_UNREAD = 141  # what a shell shows of a program that SIGPIPE has ended
@@ -243,6 +244,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def run(main: Callable[[], None]) -> None:
     """Run a script's main function and turn its errors into one line and an exit status."""
     use_plain_text_where_needed()
+    tqdm.monitor_interval = 0  # its thread is not needed, and where memory is short it cannot start and warns
     signal.signal(signal.SIGTERM, _terminate)  # so that what must be cleaned up is
     debug = "--debug" in sys.argv
     try:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from engine import distributed
 from engine.cli import UserError
+from engine.training import distributed
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
 """A binary network as an ONNX file whose weights are one bit each, and such a file as a network.
 
-The input `images` is uint8 (N, 32, 32, 3): RGB pixels as image libraries give them; the normalisation is part of the
+The input `images` is uint8 (N, 32, 32, 3): RGB pixels as image libraries give them; the normalization is part of the
 graph. The output `logits` is float32 (N, 10).
 
 All signs lie in one uint8 tensor, laid out as in models/bitpack.py. Standard operators unpack it: BitShift and
 BitwiseAnd take the bits apart, Cast, Mul and Sub make them -1 and +1, Split and Reshape hand each layer its own. They
 depend on constants only, so a runtime does this once, when it loads the file.
 
-In the int8 form activations are quantised to 8 bits; weights are the int8 values -1 and +1 with the channel's scale
-as their quantisation step: nothing of the weights is rounded. QuantizeLinear and DequantizeLinear stand around each
+In the int8 form activations are quantized to 8 bits; weights are the int8 values -1 and +1 with the channel's scale
+as their quantization step: nothing of the weights is rounded. QuantizeLinear and DequantizeLinear stand around each
 operator ("QDQ"), and the runtime puts integer kernels in place of the three.
 
 `onnx` and `onnxruntime` (requirements-onnx.txt) are imported where they are used.
@@ -98,7 +98,7 @@ class _FloatForm:
 
     def _signs_and_scales(self) -> Tensor:
         """All signs, float32 (weights,). A channel with a negative scale has its signs flipped instead: exact, and
-        a quantisation step must be positive."""
+        a quantization step must be positive."""
         signs = []
         for name, layer in weight_layers(self.model):
             weight = layer.weight.detach()
@@ -159,7 +159,7 @@ class _FloatForm:
     def build(self) -> onnx.ModelProto:
         from onnx import TensorProto, helper
 
-        x = self.store(self._normalised("images"), "pixels")
+        x = self.store(self._normalized("images"), "pixels")
         x = self._convolution("conv1", x, relu=True)
         for stage in ("layer1", "layer2", "layer3"):
             for number, block in enumerate(getattr(self.model, stage)):
@@ -171,7 +171,7 @@ class _FloatForm:
         made = helper.make_graph(self.graph.nodes, "binary_resnet", [images], [logits], self.graph.initializers)
         return helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
 
-    def _normalised(self, images: str) -> str:
+    def _normalized(self, images: str) -> str:
         """uint8 (N, 32, 32, 3) -> float32 (N, 3, 32, 32): (x / 255 - mean) / std."""
         graph = self.graph
         # One constant per value of an image, expanded at load: adding three values to planes is slow in runtimes.
@@ -221,7 +221,7 @@ class _Int8Form(_FloatForm):
     def __init__(self, model: ResNetS, mean: Any, std: Any, ranges: dict[str, tuple[float, float]]) -> None:
         super().__init__(model, mean, std)
         self.ranges = ranges
-        self.steps: dict[str, tuple[np.float32, np.uint8]] = {}  # stored tensor -> quantisation step and zero point
+        self.steps: dict[str, tuple[np.float32, np.uint8]] = {}  # stored tensor -> quantization step and zero point
 
     def store(self, x: str, place: str) -> str:
         low, high = (min(self.ranges[place][0], 0.0), max(self.ranges[place][1], 0.0))
@@ -268,7 +268,7 @@ def export(
 ) -> bytes:
     """The content of an ONNX file for `model`, whose weights are -1 and +1, its BatchNorms (or scales) not folded.
 
-    mean, std: of the normalisation, one value a channel, where pixels go from 0 to 1.
+    mean, std: of the normalization, one value a channel, where pixels go from 0 to 1.
     calibration: uint8 (N, 32, 32, 3), training images whose activations set the ranges of the int8 form; None for
         the float form.
     Raises what the ONNX checker raises where the graph is not valid ONNX.

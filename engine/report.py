@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from engine.checkpoint import BINARY_1BIT, Checkpoint
+from engine.checkpoints import BINARY_1BIT, Checkpoint
 
 KIND_WORDS = {
     "float": "full-precision weights",
@@ -36,7 +36,7 @@ def recorded_accuracies(loaded: Checkpoint) -> list[str]:
     A run stopped within an epoch records those of the end of the epoch before, and of other weights than its own.
     """
     names = {"test_accuracy": "test images", "val_accuracy": "held-out images"}
-    of = ", binarised" if loaded.kind == "latent" else ""
+    of = ", binarized" if loaded.kind == "latent" else ""
     of += ", before those steps" if loaded.steps_beyond else ""
     metrics = loaded.metrics
     if loaded.kind == BINARY_1BIT:  # its metadata is short

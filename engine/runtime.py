@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from engine import distributed
 from engine.cli import UserError
+from engine.training import distributed
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,7 +40,7 @@ def choose_precision(name: str, device: torch.device) -> str:
 
     bfloat16 where the device computes with it (CPU: Intel AMX or AVX-512 BF16; CUDA: since Ampere), float16 on older
     CUDA devices, otherwise float32. Convolutions and classifier are in it, and the activations they hand on; weights,
-    BatchNorm's parameters and statistics, loss and optimiser are float32 throughout; so is evaluation.
+    BatchNorm's parameters and statistics, loss and optimizer are float32 throughout; so is evaluation.
     Raises UserError for float16 on a device other than CUDA.
     """
     if name == "float16" and device.type != "cuda":

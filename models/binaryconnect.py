@@ -52,7 +52,7 @@ class BC(nn.Module):
     """BinaryConnect around `model`: its Conv2d and Linear weights, all of them, are the binary ones.
 
     Biases and BatchNorm stay as they are. The model's own parameters hold the latent weights outside of
-    `binarization()` ... `restore()`, so an optimiser made from `model.parameters()` works on them. The copies
+    `binarization()` ... `restore()`, so an optimizer made from `model.parameters()` works on them. The copies
     that hold the latent weights meanwhile are non-persistent buffers: they follow `.to()` and `.half()`, and
     never enter a state_dict, which is always of the weights that the model holds at the moment.
 
@@ -74,7 +74,7 @@ class BC(nn.Module):
             self.register_buffer(f"latent_{i}", layer.weight.detach().clone(), persistent=False)
 
     def targets(self) -> list[nn.Parameter]:
-        """The weights that are binarised, in the order of `target_names`."""
+        """The weights that are binarized, in the order of `target_names`."""
         return [layer.weight for layer in self._layers]
 
     def latent_weights(self) -> list[Tensor]:
@@ -137,7 +137,7 @@ class BC(nn.Module):
     @contextmanager
     def binarized(self) -> Iterator[BC]:
         """`with bc.binarized():` binary weights (deterministic ones) inside, the latent ones back afterwards,
-        also after an exception. Nested inside another binarisation it leaves that one standing."""
+        also after an exception. Nested inside another binarization it leaves that one standing."""
         outermost = not self.is_binarized
         self.binarization(stochastic=False)
         try:

@@ -62,7 +62,7 @@ class ScaleShift(nn.Module):
 
 
 def norm_name(conv_name: str) -> str:
-    """The name of the normalisation that follows a convolution: layer1.0.conv2 -> layer1.0.bn2."""
+    """The name of the normalization that follows a convolution: layer1.0.conv2 -> layer1.0.bn2."""
     return conv_name.replace("conv", "bn")
 
 
@@ -106,7 +106,7 @@ def pack_model(model: ResNetS, arch: str, *, keep_batchnorm: bool = False) -> di
 def unpack_model(packed: dict[str, Any], *, fold: bool = True) -> ResNetS:
     """The network of a packed dictionary, on the CPU, in evaluation mode.
 
-    fold: multiply the scales into the convolutions, whose weights are then +-scale, and drop the normalisation
+    fold: multiply the scales into the convolutions, whose weights are then +-scale, and drop the normalization
     (the fast form; equal to the other to float rounding). With fold=False the weights are -1 and +1, each
     convolution followed by its ScaleShift, or by its BatchNorm where the file kept it.
     Raises ValueError for an unknown architecture or tensors that are not those of the architecture.
@@ -119,7 +119,7 @@ def unpack_model(packed: dict[str, Any], *, fold: bool = True) -> ResNetS:
             layer.weight.copy_(signs.view_as(layer.weight))
     _load_floats(model, packed["floats"], kept=packed["batchnorm"] == "kept")
     model.eval()
-    return fold_normalisation(model) if fold else model
+    return fold_normalization(model) if fold else model
 
 
 def _load_floats(model: ResNetS, floats: Tensor, *, kept: bool) -> None:
@@ -145,7 +145,7 @@ def _load_floats(model: ResNetS, floats: Tensor, *, kept: bool) -> None:
 
 
 @torch.no_grad()
-def fold_normalisation(model: ResNetS) -> ResNetS:
+def fold_normalization(model: ResNetS) -> ResNetS:
     """Multiply each scale into its convolution and add the shift as its bias; changes `model` and returns it.
 
     w' = w * scale per output channel, b' = shift: exact but for float rounding, in evaluation mode only.

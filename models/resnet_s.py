@@ -56,7 +56,7 @@ class BasicBlock(nn.Module):
 class ResNetS(nn.Module):
     """A CIFAR-10 ResNet of `depth` = 6n + 2 layers with weights.
 
-    forward: normalised images (N, 3, 32, 32) float -> logits (N, 10).
+    forward: normalized images (N, 3, 32, 32) float -> logits (N, 10).
     Raises ValueError for a depth that is not 6n + 2.
     """
 
@@ -118,7 +118,7 @@ ARCHITECTURES = {f.__name__: f for f in (resnet20, resnet32, resnet44, resnet56,
 
 
 def build(arch: str) -> ResNetS:
-    """The network of a name in ARCHITECTURES, newly initialised. Raises ValueError for another name."""
+    """The network of a name in ARCHITECTURES, newly initialized. Raises ValueError for another name."""
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}; known are {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[arch]()

@@ -1,6 +1,6 @@
 """Small data in both official formats of CIFAR-10: ten classes that a network can learn in a few steps.
 
-Each class is a random pattern of 8 x 8 colours, enlarged to 32 x 32; an image is its class's pattern with
+Each class is a random pattern of 8 x 8 colors, enlarged to 32 x 32; an image is its class's pattern with
 noise. A folder gets a SHA256SUMS of its own, as data that is not CIFAR-10 must have.
 """
 

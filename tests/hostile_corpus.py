@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine import checkpoint
+from engine import checkpoints
 
 CANARY = "code-was-run"
 STORAGE = b"<the end of a storage>"  # replaced by what each format has there
@@ -41,7 +41,7 @@ class Base:
 
     @classmethod
     def of(cls, raw: dict[str, Any]) -> Base:
-        return cls(raw, checkpoint.serialise(raw))
+        return cls(raw, checkpoints.serialize(raw))
 
 
 @dataclass(frozen=True)
@@ -567,7 +567,7 @@ def crooked() -> Iterator[Case]:
             call("torch.serialization", "_get_layout", text("torch.sparse_coo")),
             b"N",
         ),
-        "quantised": call("torch._utils", "_rebuild_qtensor", storage(4), whole(0), b"N", b"N", b"N", b"\x89", b"N"),
+        "quantized": call("torch._utils", "_rebuild_qtensor", storage(4), whole(0), b"N", b"N", b"N", b"\x89", b"N"),
         "on no device": call(
             "torch._utils",
             "_rebuild_meta_tensor_no_storage",
@@ -603,7 +603,7 @@ def crooked() -> Iterator[Case]:
 
 
 def _with(base: Base, **changes: Any) -> bytes:
-    return checkpoint.serialise(base.raw | changes)
+    return checkpoints.serialize(base.raw | changes)
 
 
 def _state(base: Base, change: Callable[[dict[str, Tensor]], object]) -> bytes:
@@ -948,7 +948,7 @@ def _moments(base: Base, change: Callable[[Tensor], Any]) -> bytes:
 
 
 def _states(base: Base, change: Callable[[dict], dict]) -> bytes:
-    """The state of the first optimiser changed: the SGD of main.py, the Adam of main_binary.py."""
+    """The state of the first optimizer changed: the SGD of main.py, the Adam of main_binary.py."""
     first, *others = base.raw["training"]["optimizers"]
     optimizers = [first | {"state": change(first["state"])}, *others]
     return _with(base, training=base.raw["training"] | {"optimizers": optimizers})

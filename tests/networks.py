@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from engine import checkpoint
+from engine import checkpoints
 from models import ResNetS, build
 from models.binaryconnect import binarize_model
 
@@ -48,7 +48,7 @@ def save_checkpoint(path: Path, kind: str, *, arch: str = "resnet20", seed: int 
     """Save a random network as a checkpoint of that kind; return `path`."""
     model = (binary_network if kind == "binary" else random_network)(arch, seed)
     more = {"epoch": 3, "metrics": {"val_accuracy": 12.5}, "config": {"seed": seed}, "logit_scale": 0.125}
-    checkpoint.save(path, checkpoint.make(arch, kind, model.state_dict(), **more))
+    checkpoints.save(path, checkpoints.make(arch, kind, model.state_dict(), **more))
     return path
 
 

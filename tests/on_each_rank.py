@@ -17,18 +17,19 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine import checkpoint, distributed  # noqa: E402 - needs the path
-from engine.training import Trainer  # noqa: E402
+from engine import checkpoints  # noqa: E402 - needs the path
+from engine.training import distributed  # noqa: E402 - needs the path
+from engine.training.loop import Trainer  # noqa: E402
 from models import BC  # noqa: E402
 
 signs: list[str] = []
-binarise, finish = BC.binarization, Trainer.finish
+binarize, finish = BC.binarization, Trainer.finish
 
 
-def binarise_and_note(self: BC, *, stochastic: bool | None = None) -> None:
-    binarise(self, stochastic=stochastic)
+def binarize_and_note(self: BC, *, stochastic: bool | None = None) -> None:
+    binarize(self, stochastic=stochastic)
     if stochastic is None:  # a step of training; scoring says False
-        signs.append(checkpoint.digest([weight.detach() for weight in self.targets()]))
+        signs.append(checkpoints.digest([weight.detach() for weight in self.targets()]))
 
 
 def note_and_finish(self: Trainer) -> None:
@@ -40,7 +41,7 @@ def note_and_finish(self: Trainer) -> None:
 folder = Path(sys.argv[1])
 script = ROOT / sys.argv[2]
 sys.argv = [str(script), *sys.argv[3:]]
-BC.binarization, Trainer.finish = binarise_and_note, note_and_finish
+BC.binarization, Trainer.finish = binarize_and_note, note_and_finish
 runpy.run_path(str(script), run_name="__main__")
 
 # Such a thread may free a tensor while the interpreter shuts down, and then the process aborts: rarely, under load.

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from engine import checkpoint as checkpoints
-from engine.checkpoint import BEST, FINAL, LAST
+from engine import checkpoints
+from engine.checkpoints import BEST, FINAL, LAST
 
 RUN_FILES = (BEST, FINAL, LAST, "metrics.csv", "training_curves.png")
 TIMES = ("seconds", "images_per_second")

@@ -269,7 +269,7 @@ def _arm(moment: str, number: int, name: str) -> None:
 
 
 def _resolve(name: str) -> tuple[Any, str]:
-    """ "engine.training.Trainer.finish" -> the class and "finish"."""
+    """ "engine.training.loop.Trainer.finish" -> the class and "finish"."""
     *path, attribute = name.split(".")
     for length in range(len(path), 0, -1):
         with contextlib.suppress(ModuleNotFoundError):

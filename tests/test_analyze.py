@@ -13,9 +13,9 @@ import torch
 from matplotlib.figure import Figure
 from networks import binary_network, random_network, save_checkpoint
 
-import analyze_binary_weights as analyse
+import analyze_binary_weights as analyze
 from analyze_binary_weights import WeightStats, verdict
-from engine import checkpoint
+from engine import checkpoints
 from engine.cli import UserError
 from engine.report import fixed, share
 from models import ResNetS, build
@@ -28,11 +28,11 @@ TOTAL = 268_336
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
     """call("x.pth"): main() in this process, without its picture; what it printed."""
-    monkeypatch.setattr(analyse, "draw", lambda *_, **__: None)
+    monkeypatch.setattr(analyze, "draw", lambda *_, **__: None)
 
     def run(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["analyze_binary_weights.py", *map(str, arguments)])
-        analyse.main()
+        analyze.main()
         return capsys.readouterr().out
 
     return run
@@ -49,7 +49,7 @@ def known_network(value: float = 0.5) -> ResNetS:
 
 
 def save(path: Path, model: ResNetS, kind: str) -> Path:
-    checkpoint.save(path, checkpoint.make("resnet20", kind, model.state_dict()))
+    checkpoints.save(path, checkpoints.make("resnet20", kind, model.state_dict()))
     return path
 
 
@@ -112,10 +112,10 @@ def test_binary_weights_and_the_one_bit_file_agree(tmp_path: Path, call: Callabl
     )
     save(tmp_path / "binary.pth", model, "binary")
     for keep in (False, True):
-        packed = checkpoint.make("resnet20", checkpoint.BINARY_1BIT, None) | pack_model(
+        packed = checkpoints.make("resnet20", checkpoints.BINARY_1BIT, None) | pack_model(
             model, "resnet20", keep_batchnorm=keep
         )
-        checkpoint.save(tmp_path / f"1bit-{keep}.pth", packed)
+        checkpoints.save(tmp_path / f"1bit-{keep}.pth", packed)
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     printed = [call(path, "--output-dir", tmp_path) for path in sorted(tmp_path.glob("*.pth"))]
     assert len(printed) == 4
@@ -177,7 +177,7 @@ def test_the_largest_network_and_wild_values_fit_the_screen(tmp_path: Path, call
     model = random_network("resnet110")
     model.conv1.weight.data.mul_(3e38)
     model.linear.weight.data.mul_(1e-30)
-    checkpoint.save(tmp_path / "x.pth", checkpoint.make("resnet110", "float", model.state_dict()))
+    checkpoints.save(tmp_path / "x.pth", checkpoints.make("resnet110", "float", model.state_dict()))
     printed = call(tmp_path / "x.pth", "--output-dir", tmp_path)
     lines = [line for line in printed.splitlines() if str(tmp_path) not in line]
     assert max(map(len, lines)) <= 80
@@ -190,7 +190,7 @@ def test_the_picture_takes_any_weights(tmp_path: Path, clipped: bool) -> None:
     if clipped:
         weights["c"] = weights["c"].clamp(-1, 1)
     layers = [replace(WeightStats.of(name, "n", w), count=w.numel()) for name, w in weights.items()]
-    analyse.draw(tmp_path / "x.png", "title", layers, weights, clipped=clipped)
+    analyze.draw(tmp_path / "x.png", "title", layers, weights, clipped=clipped)
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
@@ -205,7 +205,7 @@ def test_the_label_beside_the_histogram_is_on_the_page(tmp_path: Path, monkeypat
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", look)
     w = torch.cat([torch.linspace(-0.99, 0.99, 800), torch.full((180,), -1.0)])
-    analyse.draw(tmp_path / "x.png", "title", [WeightStats.of("a", "980", w)] * 5, {"a": w}, clipped=True)
+    analyze.draw(tmp_path / "x.png", "title", [WeightStats.of("a", "980", w)] * 5, {"a": w}, clipped=True)
     assert left[0] >= 0
 
 

@@ -13,8 +13,8 @@ import torch
 from networks import save_checkpoint, sha256
 from script_server import ScriptServer
 
-from engine import binarised, checkpoint
-from engine.checkpoint import BEST, BINARIZED, LAST, PACKED
+from engine import binarized, checkpoints
+from engine.checkpoints import BEST, BINARIZED, LAST, PACKED
 from engine.cli import UserError
 from models.binaryconnect import binary_sign
 from models.resnet_s import weight_layers
@@ -34,10 +34,10 @@ def workflow(tmp_path_factory: pytest.TempPathFactory, small_data: Path, run_scr
     folder.mkdir()
     save_checkpoint(folder / BEST, "latent")
     printed = {"folder": folder}
-    optimised = {"PYTHONOPTIMIZE": "1"}
+    optimized = {"PYTHONOPTIMIZE": "1"}
     for script in SCRIPTS:
-        printed[script] = run_script(script, "--data-dir", small_data, cwd=folder, env=optimised).stdout
-    plain = optimised | {"PYTHONIOENCODING": "ascii"}
+        printed[script] = run_script(script, "--data-dir", small_data, cwd=folder, env=optimized).stdout
+    plain = optimized | {"PYTHONIOENCODING": "ascii"}
     printed["packed example"] = run_script(SCRIPTS[2], PACKED, "--data-dir", small_data, cwd=folder, env=plain).stdout
     return printed
 
@@ -50,9 +50,9 @@ def test_eval_binarized_says_what_it_promises(workflow: dict) -> None:
     assert len(ACCURACY.findall(printed)) == 1
 
 
-def test_the_binarised_file_holds_the_signs_and_what_the_source_said(workflow: dict) -> None:
-    source = checkpoint.load(workflow["folder"] / BEST)
-    made = checkpoint.load(workflow["folder"] / BINARIZED)
+def test_the_binarized_file_holds_the_signs_and_what_the_source_said(workflow: dict) -> None:
+    source = checkpoints.load(workflow["folder"] / BEST)
+    made = checkpoints.load(workflow["folder"] / BINARIZED)
     names = {f"{name}.weight" for name, _ in weight_layers(source.model())}
     for key, value in source.state_dict.items():
         assert torch.equal(made.state_dict[key], binary_sign(value) if key in names else value), key
@@ -68,7 +68,7 @@ def test_packing_proves_itself_and_measures_the_files(workflow: dict) -> None:
     printed, folder = workflow["save_binary_model.py"], workflow["folder"]
     assert "all 268,336 signs are identical" in printed
     assert "Same predictions on 100 of 100 images" in printed
-    assert len(ACCURACY.findall(printed)) == 2  # the binarised network, and the one unpacked from the file
+    assert len(ACCURACY.findall(printed)) == 2  # the binarized network, and the one unpacked from the file
     for name in (BEST, BINARIZED, PACKED):
         assert re.search(rf"\({name}\) +{(folder / name).stat().st_size:,} ", printed), name
     assert re.search(r"information limit.* 39,086 ", printed)
@@ -80,7 +80,7 @@ def test_packing_proves_itself_and_measures_the_files(workflow: dict) -> None:
 def test_the_packed_file_is_small_and_describes_itself(workflow: dict) -> None:
     path = workflow["folder"] / PACKED
     assert path.stat().st_size <= 42_000
-    packed, _ = checkpoint.read(path)
+    packed, _ = checkpoints.read(path)
     assert set(packed) == {
         *("format_version", "arch", "kind", "batchnorm", "signs", "floats"),
         *("accuracy", "test_images", "logit_scale", "source_sha256", "checksum"),
@@ -130,13 +130,13 @@ def test_a_file_that_another_process_writes_too_is_noticed(
     monkeypatch.setattr(
         "sys.argv", ["save_binary_model", str(workflow["folder"] / BEST), "--data-dir", str(small_data)]
     )
-    write = binarised.write
+    write = binarized.write
 
     def then_another_writes(path: Path, *more: object) -> None:
         write(path, *more)
         path.write_bytes(b"another's")
 
-    monkeypatch.setattr(binarised, "write", then_another_writes)
+    monkeypatch.setattr(binarized, "write", then_another_writes)
     with pytest.raises(UserError, match=rf"{PACKED}: reads back other than it was written; is another process"):
         importlib.import_module("save_binary_model").main()
 
@@ -171,25 +171,25 @@ def test_a_file_of_another_source_is_moved_aside(
         shutil.copy(workflow["folder"] / name, tmp_path / name)
     before = {name: sha256(tmp_path / name) for name in (BINARIZED, PACKED)}
     save_checkpoint(tmp_path / "other.pth", "latent", seed=1)
-    binarise = ("eval_binarized.py", "other.pth", "--data-dir", small_data)
-    assert "moved to previous-1" in run_script(*binarise, cwd=tmp_path).stdout
-    assert "moved to previous-2" in run_script("save_binary_model.py", *binarise[1:], cwd=tmp_path).stdout
+    binarize = ("eval_binarized.py", "other.pth", "--data-dir", small_data)
+    assert "moved to previous-1" in run_script(*binarize, cwd=tmp_path).stdout
+    assert "moved to previous-2" in run_script("save_binary_model.py", *binarize[1:], cwd=tmp_path).stdout
     assert sha256(tmp_path / "previous-1" / BINARIZED) == before[BINARIZED]
     assert sha256(tmp_path / "previous-2" / PACKED) == before[PACKED]
-    assert checkpoint.load(tmp_path / PACKED).source_sha256 == sha256(tmp_path / "other.pth")
-    run_script(*binarise, cwd=tmp_path)  # of the same source: replaced
+    assert checkpoints.load(tmp_path / PACKED).source_sha256 == sha256(tmp_path / "other.pth")
+    run_script(*binarize, cwd=tmp_path)  # of the same source: replaced
     assert not (tmp_path / "previous-3").exists()
 
 
-def test_packing_the_binarised_file_gives_the_same_bits(
+def test_packing_the_binarized_file_gives_the_same_bits(
     workflow: dict, tmp_path: Path, small_data: Path, run_script: Callable
 ) -> None:
     source = workflow["folder"] / BINARIZED
     arguments = (source, "--data-dir", small_data, "--limit-test", 20, "--keep-batchnorm", "--output-dir", "new/one")
     printed = run_script("save_binary_model.py", *arguments, cwd=tmp_path).stdout
     assert "20 test images, not all of them" in printed
-    kept = checkpoint.load(tmp_path / "new/one" / PACKED)
-    folded = checkpoint.load(workflow["folder"] / PACKED)
+    kept = checkpoints.load(tmp_path / "new/one" / PACKED)
+    folded = checkpoints.load(workflow["folder"] / PACKED)
     assert torch.equal(kept.raw["signs"], folded.raw["signs"])
     assert kept.raw["batchnorm"] == "kept"
     assert any(isinstance(module, torch.nn.BatchNorm2d) for module in kept.model(fold=False).modules())
@@ -198,12 +198,12 @@ def test_packing_the_binarised_file_gives_the_same_bits(
 def test_the_epoch_of_a_run_stopped_within_one_is_not_that_of_the_file(
     tmp_path: Path, small_data: Path, run_script: Callable
 ) -> None:
-    content = checkpoint.load(save_checkpoint(tmp_path / BEST, "latent")).raw
+    content = checkpoints.load(save_checkpoint(tmp_path / BEST, "latent")).raw
     content.pop("checksum")
-    checkpoint.save(tmp_path / LAST, content | {"training": {"steps_done": 2}})
+    checkpoints.save(tmp_path / LAST, content | {"training": {"steps_done": 2}})
     for name, epoch in ((BEST, 3), (LAST, None)):
         run_script("eval_binarized.py", name, "--data-dir", small_data, "--limit-test", 10, cwd=tmp_path)
-        made = checkpoint.load(tmp_path / BINARIZED)
+        made = checkpoints.load(tmp_path / BINARIZED)
         assert made.epoch == epoch
         assert ("val_accuracy" in made.metrics) == (epoch is not None)
     printed = run_script(
@@ -212,11 +212,11 @@ def test_the_epoch_of_a_run_stopped_within_one_is_not_that_of_the_file(
     assert "Scored on 10 test images, not all of them (--limit-test)\n" in printed
 
 
-def test_float_weights_are_binarised_with_a_warning(tmp_path: Path, small_data: Path, run_script: Callable) -> None:
+def test_float_weights_are_binarized_with_a_warning(tmp_path: Path, small_data: Path, run_script: Callable) -> None:
     save_checkpoint(tmp_path / BEST, "float", arch="resnet32")
     printed = run_script("save_binary_model.py", "--data-dir", small_data, "--limit-test", 10, cwd=tmp_path).stdout
     assert sum(line.startswith("⚠") for line in printed.splitlines()) == 1
-    assert checkpoint.load(tmp_path / PACKED).arch == "resnet32"
+    assert checkpoints.load(tmp_path / PACKED).arch == "resnet32"
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_float_weights_are_binarised_with_a_warning(tmp_path: Path, small_data: 
         ("eval_binarized", BINARIZED, "binary already"),
         ("eval_binarized", PACKED, "binary already"),
         ("save_binary_model", PACKED, "packed already"),
-        ("load_binarized_example", BEST, "not binary; binarise it with eval_binarized.py"),
+        ("load_binarized_example", BEST, "not binary; binarize it with eval_binarized.py"),
         ("load_binarized_example", "missing.pth", "no such file"),
     ],
 )

@@ -19,14 +19,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor, nn
 
 import main_binary
-from engine.run import Run
-from engine.tracking import SignWatch
+from engine.training.run import Run
+from engine.training.tracking import SignWatch
 from models import BC, build
 from models.binaryconnect import binarize_model, binary_sign, is_binary, stochastic_sign
 from models.bitpack import pack_bits, pack_model, unpack_bits, unpack_model
 from models.resnet_s import weight_layers
 
-# Zeros of both signs, denormals, the neighbours of 0 and of 1, infinities.
+# Zeros of both signs, denormals, the neighbors of 0 and of 1, infinities.
 SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-40, -1e-40, 1.2e-38, -1.2e-38, 1.0, -1.0, 0.99999994, -0.99999994]
 SPECIAL += [1.0000001, -1.0000001, 3e38, -3e38, math.inf, -math.inf, 0.5, -0.5]
 values = st.lists(st.one_of(st.sampled_from(SPECIAL), st.floats(width=32, allow_nan=False)), min_size=1, max_size=24)
@@ -145,7 +145,7 @@ def test_every_weight_becomes_binary_and_nothing_else_changes(numbers, stochasti
     assert bits(others(model)) == rest
 
 
-def test_the_first_convolution_and_the_classifier_are_binarised_too():
+def test_the_first_convolution_and_the_classifier_are_binarized_too():
     bc = BC(build("resnet20"))
     assert len(bc.target_names) == 20
     assert {"conv1.weight", "linear.weight"} <= set(bc.target_names)
@@ -202,7 +202,7 @@ def test_a_failing_forward_pass_leaves_the_latent_weights():
     assert not bc.is_binarized
 
 
-def test_a_failure_in_the_middle_of_binarising_loses_nothing(monkeypatch):
+def test_a_failure_in_the_middle_of_binarizing_loses_nothing(monkeypatch):
     bc = BC(fill(small_model(), [0.25, -0.5]))
     before, calls = bits(bc.targets()), []
 
@@ -219,7 +219,7 @@ def test_a_failure_in_the_middle_of_binarising_loses_nothing(monkeypatch):
     assert bits(bc.targets()) == before
 
 
-def test_a_model_with_nothing_to_binarise_is_refused():
+def test_a_model_with_nothing_to_binarize_is_refused():
     with pytest.raises(ValueError, match="Conv2d or Linear"):
         BC(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
 
@@ -240,7 +240,7 @@ def test_latent_weights_follow_a_change_of_dtype(convert, whole):
 
 
 @pytest.mark.parametrize("convert", ["half", "double"])
-def test_a_change_of_dtype_while_binarised_converts_the_latent_weights(convert):
+def test_a_change_of_dtype_while_binarized_converts_the_latent_weights(convert):
     bc = BC(fill(small_model(), SPECIAL[:14]))
     converted = [getattr(w.detach().clone(), convert)() for w in bc.targets()]
     bc.binarization()
@@ -258,7 +258,7 @@ def test_the_shadow_copies_are_where_the_weights_are():
 
 
 def test_a_state_dict_is_what_the_model_holds():
-    """Latent weights as a rule, binary ones while binarised; never the shadow copies."""
+    """Latent weights as a rule, binary ones while binarized; never the shadow copies."""
     bc = BC(fill(small_model(), SPECIAL))
     latent = copy.deepcopy(bc.state_dict())
     assert list(latent) == [f"model.{name}" for name in bc.model.state_dict()]
@@ -327,7 +327,7 @@ def test_wrappers_around_see_binary_weights_inside_and_latent_ones_outside(wrap)
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, Wrapper, compiled])
-def test_a_wrapped_model_inside_is_binarised(wrap):
+def test_a_wrapped_model_inside_is_binarized(wrap):
     inner = fill(small_model(), [0.3, -0.2, 0.0])
     bc = BC(wrap(inner))
     assert len(bc.targets()) == 4
@@ -366,7 +366,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.rest = bits(others(self.bc.model))
 
     @rule(stochastic=st.sampled_from([None, False, True]))
-    def binarise(self, stochastic: bool | None) -> None:
+    def binarize(self, stochastic: bool | None) -> None:
         self.bc.binarization(stochastic=stochastic)
         if self.signs is None:
             self.signs = [w.detach().clone() for w in self.bc.targets()]
@@ -472,7 +472,7 @@ def signs_in_scoring(model: nn.Module) -> Tensor:
         return torch.cat([w.detach().reshape(-1) for w in bc.targets()])
 
 
-def signs_in_binarised_files(model: nn.Module) -> Tensor:
+def signs_in_binarized_files(model: nn.Module) -> Tensor:
     model = copy.deepcopy(model)
     binarize_model(model)
     return torch.cat([layer.weight.detach().reshape(-1) for _, layer in weight_layers(model)])
@@ -494,7 +494,7 @@ def signs_in_the_metrics(model: nn.Module) -> Tensor:
 USERS = [
     signs_in_training,
     signs_in_scoring,
-    signs_in_binarised_files,
+    signs_in_binarized_files,
     signs_in_packed_files,
     signs_in_the_metrics,
 ]

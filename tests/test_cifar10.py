@@ -574,8 +574,8 @@ def test_augmentation_is_that_of_torchvision_image_by_image():
         assert torch.equal(made.permute(2, 0, 1), expected), (row, column, flip)
 
 
-def test_normalisation_is_that_of_torchvision(data):
-    images = cifar10.normalise(data.test.images)
+def test_normalization_is_that_of_torchvision(data):
+    images = cifar10.normalize(data.test.images)
     expected = tv.normalize(data.test.images.permute(0, 3, 1, 2).float() / 255, cifar10.MEAN, cifar10.STD)
     assert images.shape == (100, 3, 32, 32)
     assert images.is_contiguous(memory_format=torch.channels_last)
@@ -599,7 +599,7 @@ def test_an_epoch_covers_every_image_once_with_its_label():
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert labels.tolist() != list(range(300))
     assert labels.sort().values.tolist() == list(range(300))
-    assert torch.equal(images, cifar10.normalise(split.images[labels]))
+    assert torch.equal(images, cifar10.normalize(split.images[labels]))
 
 
 def test_an_epoch_is_a_function_of_seed_and_epoch(data):
@@ -656,13 +656,13 @@ def test_shards_that_do_not_work_out_are_refused():
 def test_evaluation_sees_every_image_once_in_order(data, batch_size):
     batches = list(cifar10.eval_batches(data.test, batch_size, "cpu"))
     assert torch.equal(torch.cat([labels for _, labels in batches]), data.test.labels)
-    assert torch.equal(torch.cat([images for images, _ in batches]), cifar10.normalise(data.test.images))
+    assert torch.equal(torch.cat([images for images, _ in batches]), cifar10.normalize(data.test.images))
 
 
 def test_evaluation_by_several_processes_sees_every_image_once(data):
     parts = [list(cifar10.eval_batches(data.test, 16, rank=rank, world_size=3)) for rank in range(3)]
     images = torch.cat([images for part in parts for images, _ in part])
-    every = {image.numpy().tobytes() for image in cifar10.normalise(data.test.images)}
+    every = {image.numpy().tobytes() for image in cifar10.normalize(data.test.images)}
     assert len(images) == len(every) == 100
     assert {image.numpy().tobytes() for image in images} == every
 

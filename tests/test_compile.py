@@ -16,6 +16,7 @@ from engine import runtime
 from engine.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+GPU = torch.device("cuda")
 CPU = torch.device("cpu")
 LONG_RUN = runtime.COMPILE_PAYS_FROM_IMAGES
 
@@ -23,7 +24,7 @@ LONG_RUN = runtime.COMPILE_PAYS_FROM_IMAGES
 STOPPING = """
 import os, runpy, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
-from engine.training import Trainer
+from engine.training.loop import Trainer
 count = Trainer._count
 def count_and_stop(self, *step):
     count(self, *step)
@@ -118,16 +119,17 @@ def test_asked_for_without_a_compiler(
 
 
 def test_decision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tried only where it would be used; used by default only where it works and the run is long."""
+    """Tried only where it would be used; used by default on a GPU only, where it works and the run is long."""
     tried: list[torch.device] = []
     monkeypatch.setattr(runtime, "_try_compile", lambda device: tried.append(device) or "")
-    assert runtime.choose_compile(False, CPU, LONG_RUN) == (False, "")
-    assert runtime.choose_compile(None, CPU, LONG_RUN, was=False) == (False, "")
-    short, notice = runtime.choose_compile(None, CPU, LONG_RUN - 1)
+    assert runtime.choose_compile(False, GPU, LONG_RUN) == (False, "")
+    assert runtime.choose_compile(None, CPU, LONG_RUN) == (False, "")
+    assert runtime.choose_compile(None, GPU, LONG_RUN, was=False) == (False, "")
+    short, notice = runtime.choose_compile(None, GPU, LONG_RUN - 1)
     assert not short
     assert "too short" in notice
     assert not tried
-    assert runtime.choose_compile(None, CPU, LONG_RUN) == (True, "")
+    assert runtime.choose_compile(None, GPU, LONG_RUN) == (True, "")
     assert runtime.choose_compile(True, CPU, 1) == (True, "")
     assert runtime.choose_compile(None, CPU, 1, was=True) == (True, "")
     assert len(tried) == 3
@@ -135,7 +137,7 @@ def test_decision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_decision_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "_try_compile", lambda device: "no compiler")
-    compiled, notice = runtime.choose_compile(None, CPU, LONG_RUN)
+    compiled, notice = runtime.choose_compile(None, GPU, LONG_RUN)
     assert not compiled
     assert notice == "Not compiled: torch.compile does not work here (no compiler)."
     with pytest.raises(UserError, match=r"--compile: .*no compiler"):

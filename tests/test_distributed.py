@@ -22,10 +22,10 @@ from torch.nn import functional as F
 import cifar10
 import main
 import main_binary
-from engine import distributed
 from engine.cli import Interrupted, UserError, as_typed
 from engine.files import FolderLock
-from engine.training import make_schedulers
+from engine.training import distributed
+from engine.training.loop import make_schedulers
 from models import BC, build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,7 +88,7 @@ class OneProcess:
         self.loss_sum = torch.zeros(())
 
     def train(self, optimizers: list, before: Callable[[], None], after: Callable[[], None], scale: float) -> None:
-        """before and after: what surrounds the two backward passes; the steps of the optimisers come in between."""
+        """before and after: what surrounds the two backward passes; the steps of the optimizers come in between."""
         run = SimpleNamespace(args=self.args, say=print, resumed=None)
         schedulers = make_schedulers(run, optimizers, self.loaders[0].steps_per_epoch)
         for epoch in range(self.args.epochs):
@@ -196,7 +196,7 @@ def test_printed_scores_are_those_of_the_saved_file(name: str, float_run: tuple[
     model.load_state_dict(saved["state_dict"])
     images = cifar10.load(small_data, train=False).test
     with torch.no_grad():
-        logits = model.eval()(cifar10.normalise(images.images))
+        logits = model.eval()(cifar10.normalize(images.images))
     accuracy = 100 * float((logits.argmax(1) == images.labels).float().mean())
     assert re.search(rf"{re.escape(name)}.*\n+Test Accuracy: ([0-9.]+)%", output)[1] == f"{accuracy:.2f}"
     assert saved["metrics"]["test_loss"] == pytest.approx(float(F.cross_entropy(logits, images.labels)), rel=1e-4)

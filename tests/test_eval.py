@@ -16,10 +16,11 @@ from networks import binary_network, random_network, save_checkpoint
 
 import cifar10
 import eval_binarized
-from engine import checkpoint, cli, distributed, report
+from engine import checkpoints, cli, report
 from engine import evaluate as evaluate_module
 from engine.cli import UserError
 from engine.evaluate import Scores
+from engine.training import distributed
 from models.bitpack import pack_model
 
 evaluating = importlib.import_module("eval")
@@ -57,7 +58,7 @@ def test_the_whole_report_on_latent_weights(tmp_path: Path, small_data: Path, ru
 
     split = cifar10.load(small_data, train=False).test
     with torch.no_grad():
-        logits = random_network()(cifar10.normalise(split.images))
+        logits = random_network()(cifar10.normalize(split.images))
     right = logits.argmax(1) == split.labels
     assert ACCURACY.findall(printed) == [f"{100 * right.double().mean():.2f}"]
     loss = re.search(r"^Test loss: (\S+) nats per image \(logits times logit_scale, 0\.125\)$", printed, re.M)
@@ -68,7 +69,7 @@ def test_the_whole_report_on_latent_weights(tmp_path: Path, small_data: Path, ru
 
     assert "⚠ These are latent weights." in printed
     assert "eval_binarized.py" in printed
-    assert "  recorded accuracy 12.50% on held-out images, binarised\n" in printed
+    assert "  recorded accuracy 12.50% on held-out images, binarized\n" in printed
     assert re.search(r"^Speed: [\d,]+ images/s$", printed, re.M)
     assert max(len(line) for line in printed.splitlines() if str(small_data) not in line) <= 80
     assert png_size(tmp_path / "new/folder/page.png") == (1700, 860)
@@ -77,21 +78,21 @@ def test_the_whole_report_on_latent_weights(tmp_path: Path, small_data: Path, ru
 
 def test_a_run_stopped_within_an_epoch_does_not_boast_of_the_epoch_before(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "checkpoint_last.pth", "latent")
-    loaded = checkpoint.load(path)
-    accuracy = "  recorded accuracy 12.50% on held-out images, binarised"
+    loaded = checkpoints.load(path)
+    accuracy = "  recorded accuracy 12.50% on held-out images, binarized"
     assert report.headline(loaded)[2:] == ["  epoch 3", accuracy]
     loaded.raw["training"] = {"steps_done": 43}
     assert report.headline(loaded)[2:] == ["  epoch 3 and 43 steps", f"{accuracy}, before those steps"]
 
 
 @pytest.mark.parametrize(("kind", "steps", "kept"), [("latent", 0, True), ("latent", 43, False), ("float", 0, False)])
-def test_binarised_weights_keep_only_what_was_recorded_of_them(
+def test_binarized_weights_keep_only_what_was_recorded_of_them(
     tmp_path: Path, kind: str, steps: int, kept: bool
 ) -> None:
-    loaded = checkpoint.load(save_checkpoint(tmp_path / "x.pth", kind))
+    loaded = checkpoints.load(save_checkpoint(tmp_path / "x.pth", kind))
     loaded.raw["training"] = {"steps_done": steps}
     scores = Scores(loss=2.5, confusion=torch.eye(10, dtype=torch.int64), seconds=1.0)
-    metrics = eval_binarized.binarised_checkpoint(loaded, binary_network(), scores)["metrics"]
+    metrics = eval_binarized.binarized_checkpoint(loaded, binary_network(), scores)["metrics"]
     measured = {"test_accuracy": 100.0, "test_loss": 2.5, "test_images": 10}
     assert metrics == measured | ({"val_accuracy": 12.5} if kept else {})
 
@@ -136,8 +137,8 @@ def test_float32_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_kind_of_file_is_scored_and_the_limit_is_told(tmp_path: Path, small_data: Path, call: Callable) -> None:
     save_checkpoint(tmp_path / "binary.pth", "binary")
-    packed = checkpoint.make("resnet20", checkpoint.BINARY_1BIT, None) | pack_model(binary_network(), "resnet20")
-    checkpoint.save(tmp_path / "1bit.pth", packed | {"accuracy": 34.5, "test_images": 100})
+    packed = checkpoints.make("resnet20", checkpoints.BINARY_1BIT, None) | pack_model(binary_network(), "resnet20")
+    checkpoints.save(tmp_path / "1bit.pth", packed | {"accuracy": 34.5, "test_images": 100})
     wrapped = {f"module.model.{key}": value for key, value in binary_network().state_dict().items()}
     torch.save({"net": wrapped, "acc": 1, "epoch": 7}, tmp_path / "foreign.pth")
     limit = ("--data-dir", small_data, "--limit-test", 40, "--batch-size", 13)
@@ -178,7 +179,7 @@ def test_the_samples_are_the_first_right_and_wrong_ones(small_data: Path) -> Non
     model = random_network()
     right, wrong = evaluating.sample_predictions(model, split, 7, torch.device("cpu"))
     with torch.no_grad():
-        predicted = model(cifar10.normalise(split.images)).argmax(1)
+        predicted = model(cifar10.normalize(split.images)).argmax(1)
     hits = (predicted == split.labels).nonzero()[:, 0].tolist()
     misses = (predicted != split.labels).nonzero()[:, 0].tolist()
     assert right == [(index, int(predicted[index])) for index in hits[: evaluating.SAMPLES]]
@@ -190,7 +191,7 @@ def test_outputs_that_are_nan_are_an_error(tmp_path: Path, small_data: Path, cal
     model = random_network()
     for parameter in model.parameters():
         parameter.data.mul_(1e37)  # finite still
-    checkpoint.save(tmp_path / "x.pth", checkpoint.make("resnet20", "float", model.state_dict()))
+    checkpoints.save(tmp_path / "x.pth", checkpoints.make("resnet20", "float", model.state_dict()))
     with pytest.raises(UserError, match=r"x\.pth: the network's outputs are NaN"):
         call(tmp_path / "x.pth", "--data-dir", small_data)
 
@@ -206,7 +207,7 @@ def test_bad_input_is_refused_before_the_data_is_asked_for(tmp_path: Path, call:
     for plot in (good, tmp_path / "page.pdf", tmp_path, tmp_path / "text.pth" / "page.png"):
         with pytest.raises(UserError, match="--plot"):
             call(good, "--plot", plot)
-    for option in (("--batch-size", -1), ("--limit-test", 0), ("--device", "abacus"), ("--colour",)):
+    for option in (("--batch-size", -1), ("--limit-test", 0), ("--device", "abacus"), ("--color",)):
         with pytest.raises(UserError, match=option[0]):
             call(good, *option)
 

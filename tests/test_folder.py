@@ -17,7 +17,7 @@ from runs import RUN_FILES, assert_all_load, differences, essence, small_options
 from script_server import ScriptServer
 
 from engine import files
-from engine.checkpoint import BEST, FINAL, LAST
+from engine.checkpoints import BEST, FINAL, LAST
 from engine.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,7 +168,7 @@ def test_two_runs_in_one_folder(scripts: ScriptServer, small_data: Path, tmp_pat
     assert first.wait_until(lambda: first.output.count("\nepoch") > lines + 1), "the first run did not go on"
     first.send(signal.SIGKILL)
     first.wait()
-    at = ("engine.training.Trainer.train_epoch", 1, "SIGTERM")
+    at = ("engine.training.loop.Trainer.train_epoch", 1, "SIGTERM")
     third = scripts.run("main.py", "--resume", "--data-dir", small_data, cwd=tmp_path, at=at, expect=143)
     assert "Resuming" in third.output
 
@@ -180,7 +180,7 @@ def test_a_new_run_moves_the_old_files_aside(
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "previous-1").mkdir()
-    at = ("engine.training.Trainer.train_epoch", 1, "SIGTERM")
+    at = ("engine.training.loop.Trainer.train_epoch", 1, "SIGTERM")
     child = scripts.run("main_binary.py", *small_options(small_data), cwd=tmp_path, at=at, expect=143)
     assert "The files of the previous run were moved to previous-2." in child.output
     assert {path.name for path in (tmp_path / "previous-2").iterdir()} == set(RUN_FILES)

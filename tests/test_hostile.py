@@ -20,8 +20,8 @@ from hostile_corpus import CANARY, Base, Case
 from networks import binary_network, random_network
 from script_server import ScriptServer
 
-from engine import checkpoint
-from engine.checkpoint import LAST
+from engine import checkpoints
+from engine.checkpoints import LAST
 from models.bitpack import pack_model
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits the memory as Linux does")
@@ -76,7 +76,7 @@ RESUMES = [reader for reader in READERS if "--resume" in reader.name]
 
 def test_every_script_that_reads_a_checkpoint_is_among_the_readers():
     """A script that is added, or one that is missing, must be seen here."""
-    reading = re.compile(r"\b(checkpoint\.(load|read)|Run\.start)\(")
+    reading = re.compile(r"\b(checkpoints\.(load|read)|Run\.start)\(")
     scripts = {path.name for path in ROOT.glob("*.py") if reading.search(path.read_text(encoding="utf-8"))}
     assert scripts == {reader.script for reader in READERS}
 
@@ -97,15 +97,15 @@ def server(child_environment: dict[str, str], tmp_path_factory: pytest.TempPathF
 def bases(server: ScriptServer, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
     """A good file of each kind, and the checkpoint of a run that was stopped after an epoch."""
     state = random_network().state_dict()
-    found = {kind: Base.of(checkpoint.make("resnet20", kind, state, **ABOUT)) for kind in ("float", "latent")}
-    found["binary"] = Base.of(checkpoint.make("resnet20", "binary", binary_network().state_dict(), **ABOUT))
+    found = {kind: Base.of(checkpoints.make("resnet20", kind, state, **ABOUT)) for kind in ("float", "latent")}
+    found["binary"] = Base.of(checkpoints.make("resnet20", "binary", binary_network().state_dict(), **ABOUT))
     packed = pack_model(binary_network(), "resnet20")
-    found["packed"] = Base.of(checkpoint.make(packed.pop("arch"), packed.pop("kind"), None, **packed, **ABOUT))
+    found["packed"] = Base.of(checkpoints.make(packed.pop("arch"), packed.pop("kind"), None, **packed, **ABOUT))
     for script in ("main.py", "main_binary.py"):
         folder = tmp_path_factory.mktemp("run")
-        at = ("engine.training.Trainer.train_epoch", 2, "SIGKILL")
+        at = ("engine.training.loop.Trainer.train_epoch", 2, "SIGKILL")
         server.run(script, *training_options(small_data), "--epochs", 2, cwd=folder, at=at, expect=-9)
-        raw = dict(checkpoint.load(folder / LAST).raw)
+        raw = dict(checkpoints.load(folder / LAST).raw)
         del raw["checksum"]
         found[f"last of {script}"] = Base.of(raw)
     return found
@@ -383,6 +383,6 @@ def test_limits_are_in_force(server, bases, tmp_path):
     """A process that takes more memory than it may is stopped by the limit, so the tests above mean something."""
     (tmp_path / "a.pth").write_bytes(bases["latent"].content)
     for more, status in ((MEMORY // 2, 0), (MEMORY + 1, 2)):
-        at = ("engine.checkpoint.load", 1, f"{more} bytes")
+        at = ("engine.checkpoints.load", 1, f"{more} bytes")
         child = server.run("inspect_saved_model.py", "a.pth", cwd=tmp_path, at=at, expect=status)
         assert child.errors.startswith("Error: out of memory; ") == (status == 2)

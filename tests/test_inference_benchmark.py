@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from networks import binary_network, save_checkpoint
 
-from engine.checkpoint import BEST
+from engine.checkpoints import BEST
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -15,7 +15,7 @@ import torch
 from networks import binary_network, random_network, save_checkpoint, sha256
 
 import inspect_saved_model as inspecting
-from engine import checkpoint
+from engine import checkpoints
 from engine.cli import UserError
 from engine.report import narrow
 from models.bitpack import pack_model
@@ -42,7 +42,7 @@ def row_of(printed: str, name: str) -> list[str]:
 
 
 def last_checkpoint(path: Path) -> Path:
-    """Something like checkpoint_last.pth, with the state of an optimiser and a history of 30 epochs."""
+    """Something like checkpoint_last.pth, with the state of an optimizer and a history of 30 epochs."""
     state = random_network().state_dict()
     moments = {index: {"step": torch.tensor(7.0), "exp_avg": torch.full((2, 3), float(index))} for index in range(20)}
     training = {
@@ -52,7 +52,7 @@ def last_checkpoint(path: Path) -> Path:
         "best": {"epoch": 29, "metrics": {"test_accuracy": 81.25}, "state_dict": state},
     }
     about = {"epoch": 30, "config": {"lr": 0.1, "arch": "resnet20"}, "training": training}
-    checkpoint.save(path, checkpoint.make("resnet20", "latent", state, **about))
+    checkpoints.save(path, checkpoints.make("resnet20", "latent", state, **about))
     return path
 
 
@@ -99,7 +99,7 @@ def test_a_one_bit_file_is_explained(tmp_path: Path, call: Callable, keep: bool)
     model = binary_network()
     plus = sum(int((layer.weight > 0).sum()) for _, layer in weight_layers(model))
     packed = pack_model(model, "resnet20", keep_batchnorm=keep)
-    checkpoint.save(tmp_path / "x.pth", checkpoint.make("resnet20", checkpoint.BINARY_1BIT, None) | packed)
+    checkpoints.save(tmp_path / "x.pth", checkpoints.make("resnet20", checkpoints.BINARY_1BIT, None) | packed)
     printed = call(tmp_path / "x.pth")
     words = " ".join(printed.split())
     assert "Fits: ✓ resnet20, binary weights, one bit each" in words
@@ -213,7 +213,7 @@ def test_entries_of_a_kind_that_nobody_expects(tmp_path: Path, call: Callable) -
     wrong = [{key: value} for key in ("format_version", "kind", "arch", "logit_scale") for value in (pair, [1], None)]
     for number, entries in enumerate(wrong):
         path = tmp_path / f"{number}.pth"
-        checkpoint.save(path, checkpoint.make("resnet20", "latent", state) | entries)
+        checkpoints.save(path, checkpoints.make("resnet20", "latent", state) | entries)
         try:
             printed = call(path)
         except UserError as error:

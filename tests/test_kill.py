@@ -14,7 +14,7 @@ import pytest
 from runs import RUN_FILES, assert_all_load, differences, essence, small_options
 from script_server import Child, ScriptServer
 
-from engine.checkpoint import FINAL, LAST
+from engine.checkpoints import FINAL, LAST
 from engine.cli import as_typed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,7 +177,7 @@ def test_kills_while_old_files_are_moved_aside(
             assert "this run is finished" in resumed.output
             assert {name: (folder / name).read_bytes() for name in old} == old, where
             continue
-        begun = ("engine.training.Trainer.train_epoch", 1, "SIGTERM")
+        begun = ("engine.training.loop.Trainer.train_epoch", 1, "SIGTERM")
         scripts.run("main.py", *small_options(small_data), cwd=folder, at=begun, expect=143)
         kept = [path for path in folder.glob("previous-*") if (path / FINAL).exists()]
         assert [path.name for path in kept] == ["previous-1"]
@@ -188,21 +188,26 @@ def test_kills_while_old_files_are_moved_aside(
 
 # -- signals that ask ----------------------------------------------------------------------------------------
 
-BEFORE_ANYTHING_IS_SAVED = ["engine.run.parse", "cifar10.load", "engine.run.set_aside", "engine.checkpoint.save"]
+BEFORE_ANYTHING_IS_SAVED = [
+    "engine.training.run.parse",
+    "cifar10.load",
+    "engine.training.run.set_aside",
+    "engine.checkpoints.save",
+]
 MOMENTS = [
-    ("engine.training.WandbRun", 1),
+    ("engine.training.loop.WandbRun", 1),
     ("models.binaryconnect.BC.binarization", 1),  # the first step
     ("models.binaryconnect.BC.restore", 2),  # weights are binary at this moment
-    ("engine.training.Trainer.finish_epoch", 1),
+    ("engine.training.loop.Trainer.finish_epoch", 1),
     ("torch.bincount", 1),  # while scoring
     ("models.binaryconnect.BC.restore", 1),  # after it: an exception here leaves binary weights in the network
     ("half-written", 1),  # best_model.pth
     ("models.binaryconnect.BC.clip", 4),  # in the middle of the second epoch
-    ("engine.training.write_metrics", 1),
-    ("engine.training.Trainer.finish", 1),  # by the process that has done the last epoch
+    ("engine.training.loop.write_metrics", 1),
+    ("engine.training.loop.Trainer.finish", 1),  # by the process that has done the last epoch
     ("replace", 1),
     ("torch.bincount", 1),
-    ("engine.training.draw_curves", 1),
+    ("engine.training.loop.draw_curves", 1),
 ]
 
 
@@ -252,8 +257,8 @@ def test_ctrl_c_saves_that_very_step(scripts: ScriptServer, small_data: Path, tm
 
 
 def test_a_second_signal_does_not_wait_for_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine import training
     from engine.cli import Interrupted
+    from engine.training import loop as training
 
     now = 100.0
     monkeypatch.setattr(training.time, "monotonic", lambda: now)

@@ -248,5 +248,5 @@ def test_nothing_is_imported_wholesale(path):
 def test_models_do_without_the_rest_of_the_collection(tmp_path, child_environment):
     """In a process of its own, with nothing but that folder on its path."""
     shutil.copytree(ROOT / "models", tmp_path / "models")
-    code = "from models import bitpack, resnet20; bitpack.fold_normalisation(resnet20())"
+    code = "from models import bitpack, resnet20; bitpack.fold_normalization(resnet20())"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=child_environment, check=True, timeout=120)

@@ -14,7 +14,7 @@ from networks import binary_network, save_checkpoint
 
 import cifar10
 from engine import onnx_export
-from engine.checkpoint import BEST
+from engine.checkpoints import BEST
 from engine.cli import UserError
 
 onnx = pytest.importorskip("onnx")
@@ -41,7 +41,7 @@ def exports(pixels: torch.Tensor) -> dict[str, bytes]:
 
 def torch_logits(pixels: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return binary_network()(cifar10.normalise(pixels))
+        return binary_network()(cifar10.normalize(pixels))
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -52,10 +52,10 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def after_loading(content: bytes, folder: Path) -> onnx.ModelProto:
     """The graph as onnxruntime runs it."""
     options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
     options.log_severity_level = 3
     onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return onnx.load(folder / "optimised.onnx")
+    return onnx.load(folder / "optimized.onnx")
 
 
 def test_float_export_computes_what_torch_computes(exports: dict[str, bytes], pixels: torch.Tensor) -> None:
@@ -75,7 +75,7 @@ def test_a_channel_with_the_wrong_sign_would_show(exports: dict[str, bytes], pix
     model = binary_network()
     with torch.no_grad():
         model.layer1[0].bn1.weight[0].mul_(-1)
-        other = model(cifar10.normalise(pixels))
+        other = model(cifar10.normalize(pixels))
     assert relative_error(onnx_export.OnnxNetwork(exports["float"])(pixels), other) > 0.01
     assert relative_error(onnx_export.OnnxNetwork(exports["int8"])(pixels), other) > 0.2
 
@@ -100,7 +100,7 @@ def test_the_runtime_unpacks_at_load_and_runs_integer_convolutions(exports: dict
 def test_float_form_is_folded_at_load(exports: dict[str, bytes], tmp_path: Path) -> None:
     run = Counter(node.op_type for node in after_loading(exports["float"], tmp_path).graph.node)
     assert run["Conv"] + run["FusedConv"] == 19
-    assert run["Mul"] <= 1  # that of the normalisation; none is left on weights
+    assert run["Mul"] <= 1  # that of the normalization; none is left on weights
     assert not {"BitShift", "BitwiseAnd", "Split", "Reshape"} & set(run)
 
 
@@ -108,7 +108,7 @@ def test_other_depths_and_batch_sizes(pixels: torch.Tensor) -> None:
     model = binary_network("resnet32")
     network = onnx_export.OnnxNetwork(onnx_export.export(model, cifar10.MEAN, cifar10.STD))
     with torch.no_grad():
-        expected = model(cifar10.normalise(pixels[:7]))
+        expected = model(cifar10.normalize(pixels[:7]))
     for part in (slice(0, 1), slice(0, 7)):
         torch.testing.assert_close(network(pixels[part]), expected[part], rtol=1e-4, atol=1e-4)
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from script_server import ScriptServer
 
-from engine import checkpoint
+from engine import checkpoints
 
 FOLDER = ROOT / "pretrained"
 TABLE = re.compile(r"^\| `([\w]+\.pth)` \|.* ([\d.]+) % \| `([0-9a-f]{64})` \|$", re.MULTILINE)
@@ -41,7 +41,7 @@ def test_the_file_is_the_one_in_the_table(name: str) -> None:
     content = (FOLDER / name).read_bytes()
     accuracy, sha256 = SHIPPED[name]
     assert hashlib.sha256(content).hexdigest() == sha256
-    loaded = checkpoint.load(FOLDER / name)
+    loaded = checkpoints.load(FOLDER / name)
     assert loaded.arch == "resnet20"
     recorded = loaded.metrics.get("test_accuracy", loaded.raw.get("accuracy"))
     assert f"{recorded:.2f}" == accuracy

@@ -19,9 +19,9 @@ import pytest
 from runs import small_options
 from script_server import Child, ScriptServer
 
-from engine import tracking
-from engine.checkpoint import LAST
+from engine.checkpoints import LAST
 from engine.cli import as_typed
+from engine.training import tracking
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -27,15 +27,15 @@ from script_server import ScriptServer
 import cifar10
 import main
 import main_binary
-from engine import checkpoint as checkpoints
-from engine import cli, runtime, training
-from engine import run as run_module
-from engine.checkpoint import BEST, FINAL, LAST
+from engine import checkpoints, cli, runtime
+from engine.checkpoints import BEST, FINAL, LAST
 from engine.cli import UserError
 from engine.evaluate import evaluate
-from engine.tracking import SignWatch
-from engine.training import Trainer
-from engine.training_state import _check_optimizer, moments_in_own_memory
+from engine.training import loop as training
+from engine.training import run as run_module
+from engine.training.loop import Trainer
+from engine.training.state import _check_optimizer, moments_in_own_memory
+from engine.training.tracking import SignWatch
 from models import BC, build
 from models.binaryconnect import binarize_model
 
@@ -100,7 +100,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     scripts.run(script, *whole, "--output-dir", "whole", cwd=tmp_path)
     step = "main.distributed.gradient_share"
     options = whole
-    for at in [(step, 3, "SIGINT"), ("engine.training.write_metrics", 1, "SIGTERM"), ("torch.bincount", 1, "SIGINT")]:
+    for at in [
+        (step, 3, "SIGINT"),
+        ("engine.training.loop.write_metrics", 1, "SIGTERM"),
+        ("torch.bincount", 1, "SIGINT"),
+    ]:
         status = 130 if at[2] == "SIGINT" else 143
         scripts.run(script, *options, "--output-dir", "parts", cwd=tmp_path, at=at, expect=status)
         options = ["--resume", "--data-dir", small_data, "--wandb", "disabled"]
@@ -124,7 +128,7 @@ def test_the_command_to_go_on_names_every_place(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("options", "moment"),
-    [(["--resume"], "engine.training.check_training_state"), (["--epochs", 9], "engine.run.set_aside")],
+    [(["--resume"], "engine.training.loop.check_training_state"), (["--epochs", 9], "engine.training.run.set_aside")],
 )
 def test_a_stop_before_the_first_step_says_nothing_of_older_files(
     scripts: ScriptServer, small_data: Path, tmp_path: Path, float_run: Path, options: list[object], moment: str
@@ -285,7 +289,7 @@ def test_latent_weights_stay_within_one(
 
 
 @pytest.mark.parametrize("val_size", [0, 20])
-def test_the_best_epoch_is_chosen_on_binarised_weights(
+def test_the_best_epoch_is_chosen_on_binarized_weights(
     scripts: ScriptServer, small_data: Path, tmp_path: Path, binary_run: Path, val_size: int
 ) -> None:
     folder = binary_run
@@ -625,7 +629,7 @@ def test_first_steps_may_be_left_out_where_the_loss_is_scaled_only(scaled: bool)
 
 @pytest.mark.parametrize("how", ["as saved", "in one place", "the other way round"])
 def test_moments_lie_in_memory_as_their_weights_do(how: str) -> None:
-    """Fused optimisers go through both side by side: another order would be other numbers, one place a crash."""
+    """Fused optimizers go through both side by side: another order would be other numbers, one place a crash."""
     model = torch.nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     model(torch.rand(2, 3, 8, 8)).square().mean().backward()

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from engine import checkpoint as checkpoints
-from engine import cli, distributed, runtime
-from engine.checkpoint import BEST, FINAL, LAST
+from engine import checkpoints, cli, runtime
+from engine.checkpoints import BEST, FINAL, LAST
 from engine.cli import UserError, reason
 from engine.files import FolderLock, remove_leftovers, set_aside, undo_unfinished_moves
-from engine.tracking import CURVES, METRICS
+from engine.training import distributed
+from engine.training.tracking import CURVES, METRICS
 from models import ARCHITECTURES
 from models.resnet_s import weight_layers
 
@@ -53,7 +53,7 @@ def add_training_options(parser: cli.ArgumentParser, *, lr: float, weight_decay:
         default=5.0,
         help="epochs of linear warm-up; cosine annealing after it",
     )
-    model.add_argument("--seed", type=cli.integer(0), default=0, help="seed of initialisation, order, augmentation")
+    model.add_argument("--seed", type=cli.integer(0), default=0, help="seed of initialization, order, augmentation")
     cli.add_data_options(parser, batch_size=128)
     data = parser.add_argument_group("data for trials")
     data.add_argument(

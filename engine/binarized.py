@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine import checkpoint
-from engine.checkpoint import Checkpoint
+from engine import checkpoints
+from engine.checkpoints import Checkpoint
 from engine.cli import UserError
 from engine.files import atomic_write, set_aside
 from models import ResNetS
 from models.binaryconnect import binarize_model
 
 
-def binarised_model(loaded: Checkpoint) -> ResNetS:
+def binarized_model(loaded: Checkpoint) -> ResNetS:
     """The network of a checkpoint with -1 and +1 for weights, BatchNorm as it is, in evaluation mode, on the CPU.
 
-    Prints one line where the weights were not trained to be binarised. A 1-bit file is not for this function.
+    Prints one line where the weights were not trained to be binarized. A 1-bit file is not for this function.
     """
     if loaded.kind == "float":
-        print(f"⚠ {loaded.path}: float weights, not trained with BinaryConnect: binarised, they may be near chance.")
+        print(f"⚠ {loaded.path}: float weights, not trained with BinaryConnect: binarized, they may be near chance.")
     elif loaded.kind == "unknown":
-        print(f"⚠ {loaded.path}: does not say whether BinaryConnect made its weights: binarised all the same.")
+        print(f"⚠ {loaded.path}: does not say whether BinaryConnect made its weights: binarized all the same.")
     model = loaded.model()
     binarize_model(model)
     return model
@@ -39,6 +39,6 @@ def write(path: Path, content: bytes, source_sha256: str) -> None:
 
 def _source_of(path: Path) -> str | None:
     try:
-        return checkpoint.load(path).source_sha256
+        return checkpoints.load(path).source_sha256
     except UserError:
         return None  # whatever it is, we did not make it from this source

@@ -32,8 +32,8 @@ TINY = 1e-12  # a zero gradient stays zero
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """The Newton-Schulz iteration: U S V^T -> about U V^T for each matrix (..., rows, columns).
 
-    It runs in the dtype of `matrices` (float32 in training). Singular values spread evenly between 1 and 1/100 come to lie in
-    [0.6, 1.3]; smaller ones, as those of a rank-deficient matrix, stay smaller, and zero stays zero.
+    It runs in the dtype of `matrices` (float32 in training). Singular values spread evenly between 1 and 1/100 come
+    to lie in [0.6, 1.3]; smaller ones, as those of a rank-deficient matrix, stay smaller, and zero stays zero.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]

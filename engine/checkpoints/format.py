@@ -8,7 +8,7 @@ A checkpoint of ours is a dictionary of plain values and tensors, readable with 
                     or "binary_1bit" (packed: see models/bitpack.py)
     state_dict      the bare network's, no wrapper prefixes
     epoch, metrics, config, versions, logit_scale, source_sha256
-    training        in checkpoint_last.pth only: optimisers, schedules, position, best so far, history
+    training        in checkpoint_last.pth only: optimizers, schedules, position, best so far, history
     checksum        SHA-256 of all the rest
 
 Loading also takes what others have saved: see `load`.
@@ -32,7 +32,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from engine import untrusted
+from engine.checkpoints import reader as untrusted
 from engine.cli import UserError, is_out_of_memory, reason
 from engine.files import atomic_write
 from models.binaryconnect import is_binary
@@ -119,12 +119,12 @@ def save(path: Path, checkpoint: dict[str, Any]) -> int:
 
     Raises UserError where it cannot be written; an older file of that name is then untouched.
     """
-    content = serialise(checkpoint)
+    content = serialize(checkpoint)
     atomic_write(path, content)
     return len(content)
 
 
-def serialise(checkpoint: dict[str, Any]) -> bytes:
+def serialize(checkpoint: dict[str, Any]) -> bytes:
     """What `save` writes: a dictionary made by `make` and its checksum."""
     content = io.BytesIO()  # through a file object: given a path, torch.save puts its name into the archive
     torch.save(checkpoint | {"checksum": digest(checkpoint)}, content)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from engine.muon import Muon
+from engine.training.muon import Muon
 from models.resnet_s import weight_layers
 
 _MOMENTS = {
@@ -152,9 +152,9 @@ def _check_optimizer(saved: Any, mine: Optimizer, *, begun: bool, scaled: bool) 
 
 
 def moments_in_own_memory(saved: dict[str, Any], mine: Optimizer) -> dict[str, Any]:
-    """A checked optimiser state with each moment laid out in memory as its parameter is, and shared with nothing.
+    """A checked optimizer state with each moment laid out in memory as its parameter is, and shared with nothing.
 
-    The fused optimisers go through weights and moments side by side without a look at strides; in a file the
+    The fused optimizers go through weights and moments side by side without a look at strides; in a file the
     strides may be anything, and several tensors one memory.
     """
     parameters = [p for group in mine.param_groups for p in group["params"]]

@@ -1,6 +1,6 @@
 """The loop that both trainings share: schedule, progress, stopping, resuming, saving.
 
-A script makes a `Run` (engine/run.py), builds its network and optimisers, and gives `fit` the function that does one
+A script makes a `Run` (engine/run.py), builds its network and optimizers, and gives `fit` the function that does one
 step. The step itself is in the script.
 """
 
@@ -21,14 +21,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, PolynomialLR, SequentialLR
 from tqdm import tqdm
 
-from engine import checkpoint as checkpoints
-from engine import distributed, runtime
-from engine.checkpoint import BEST, FINAL, LAST
+from engine import checkpoints, runtime
+from engine.checkpoints import BEST, FINAL, LAST
 from engine.cli import Interrupted, UserError, reason
 from engine.evaluate import Scores
-from engine.run import Run, plain_options
-from engine.tracking import END_PATIENCE, WandbRun, draw_curves, write_metrics
-from engine.training_state import check_training_state, moments_in_own_memory
+from engine.training import distributed
+from engine.training.run import Run, plain_options
+from engine.training.state import check_training_state, moments_in_own_memory
+from engine.training.tracking import END_PATIENCE, WandbRun, draw_curves, write_metrics
 
 EVAL_BATCH = 500  # images per batch when scoring; any size gives the same figures but for rounding
 _LOOK_SECONDS = 0.5  # how often the numbers are fetched from the device for the progress bar
@@ -59,7 +59,7 @@ class EpochWatch(Protocol):
 def make_schedulers(run: Run, optimizers: list[Optimizer], steps_per_epoch: int) -> list[LRScheduler]:
     """Linear warm-up, then cosine annealing to zero (Loshchilov and Hutter 2017, without restarts), step by step.
 
-    An optimiser whose parameter group has a "decay_power" p falls to zero as (1 - t)^p instead, t from 0 to 1.
+    An optimizer whose parameter group has a "decay_power" p falls to zero as (1 - t)^p instead, t from 0 to 1.
     """
     args = run.args
     total = args.epochs * steps_per_epoch
@@ -526,7 +526,7 @@ def fit(
 ) -> None:
     """Train `model` with `step` for the run's epochs, with everything around it, and print how it ended.
 
-    model: the bare network, whose state_dict is saved; its weights are what the optimisers change.
+    model: the bare network, whose state_dict is saved; its weights are what the optimizers change.
     step: (images, labels) -> (loss, logits); does everything one step of training does, schedule apart.
     score: the name of a split, "val" or "test", -> what the network scores on it.
     chosen_on: the split on which the best epoch is chosen.
