@@ -48,12 +48,6 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_data_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same images in the python format."""
-    return data_files.write_python(tmp_path_factory.mktemp("small-python") / "cifar-10-batches-py").parent
-
-
-@pytest.fixture(scope="session")
 def real_data(request: pytest.FixtureRequest) -> Path:
     """A folder for --data-dir that holds CIFAR-10 itself."""
     without = pytest.fail if request.config.getoption("--need-real-data") else pytest.skip

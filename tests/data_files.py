@@ -1,7 +1,7 @@
 """Small data in both official formats of CIFAR-10: ten classes that a network can learn in a few steps.
 
 Each class is a random pattern of 8 x 8 colors, enlarged to 32 x 32; an image is its class's pattern with
-noise. A folder gets a SHA256SUMS of its own, as data that is not CIFAR-10 must have.
+noise. A binary folder gets its own SHA256SUMS, as data that is not CIFAR-10 must have.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-CLASS_NAMES = b"airplane automobile bird cat deer dog frog horse ship truck".split()
-
 
 def make_records(count: int, seed: int) -> np.ndarray:
-    """uint8 (count, 3073): label, then the red, green and blue plane. As many of each class, shuffled."""
+    """uint8 (count, 3073): label, then the red, green and blue plane. The same number of each class, shuffled."""
     patterns = np.random.default_rng(10).integers(40, 216, (10, 3, 8, 8)).repeat(4, axis=2).repeat(4, axis=3)
     random = np.random.default_rng(seed)
     labels = random.permutation(np.arange(count) % 10)
@@ -26,7 +24,7 @@ def make_records(count: int, seed: int) -> np.ndarray:
 
 
 def make_files(train: int, test: int, seed: int) -> dict[str, np.ndarray]:
-    """Records by the name of the batch; `train` images in five batches of (nearly) one size."""
+    """Records by the name of the batch; `train` images in five batches of (nearly) the same size."""
     batches = {f"data_batch_{number}": 0 for number in range(1, 6)}
     records = np.array_split(make_records(train, seed), 5)
     return dict(zip(batches, records, strict=True)) | {"test_batch": make_records(test, seed + 1)}
@@ -41,14 +39,12 @@ def write_binary(folder: Path, train: int = 250, test: int = 100, seed: int = 0)
 
 
 def write_python(folder: Path, train: int = 250, test: int = 100, seed: int = 0) -> Path:
-    """Write data_batch_1 to data_batch_5, test_batch, batches.meta and SHA256SUMS, with the images of
-    `write_binary` for the same arguments; return `folder`."""
+    """Write data_batch_1 to data_batch_5 and test_batch, with the images of `write_binary` for the same arguments;
+    return `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, records in make_files(train, test, seed).items():
         (folder / name).write_bytes(pickle_batch(name, records))
-    meta = b"\x80\x02}" + _text(b"label_names") + b"](" + b"".join(map(_text, CLASS_NAMES)) + b"es."
-    (folder / "batches.meta").write_bytes(meta)
-    return write_sums(folder)
+    return folder
 
 
 def write_sums(folder: Path) -> Path:

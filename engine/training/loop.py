@@ -6,6 +6,7 @@ step. The step itself is in the script.
 
 from __future__ import annotations
 
+import itertools
 import math
 import signal
 import sys
@@ -41,7 +42,7 @@ class Loader(Protocol):
     steps_per_epoch: int
     labels: Tensor  # of all the images, in file order
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
 class EpochWatch(Protocol):
@@ -308,7 +309,7 @@ class Trainer:
         before = self.seconds
         steps = self.loader.steps_per_epoch
         with self._bar() as bar:
-            for images, labels in self.loader.epoch(self.epoch, self.steps_done):
+            for images, labels in itertools.islice(self.loader.epoch(self.epoch), self.steps_done, None):
                 loss, logits = self._step(images, labels)
                 for scheduler in self.schedulers:
                     scheduler.step()

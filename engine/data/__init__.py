@@ -1,0 +1,1 @@
+"""CIFAR-10 on the disk and on the network: formats, checksums, downloads."""
