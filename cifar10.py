@@ -32,6 +32,7 @@ STD = (0.2470, 0.2435, 0.2616)
 
 SIDE = 32
 PAD = 4
+EVAL_BATCH = 500  # images per batch when scoring; any size gives the same figures but for rounding
 
 Triple = tuple[float, float, float]  # one value per channel
 
@@ -75,6 +76,16 @@ class Data:
         if self.val is not None:
             return f"{len(self.val):,} held-out images"
         return f"{len(self.test):,} test images" + (", not all of them (--limit-test)" if self.limited_test else "")
+
+    def count(self, split: str) -> int:
+        """Images of the split "train", "val" or "test"; 0 where there is none."""
+        return len(getattr(self, split) or ())
+
+    def batches(
+        self, split: str, device: torch.device, rank: int, world_size: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """`eval_batches` of the split of that name."""
+        return eval_batches(getattr(self, split), EVAL_BATCH, device, rank=rank, world_size=world_size)
 
 
 def load(

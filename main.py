@@ -12,37 +12,43 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
 import cifar10
 from engine import cli
-from engine.evaluate import Scores, evaluate
 from engine.training import distributed
-from engine.training.loop import EVAL_BATCH, fit
-from engine.training.run import Run, add_training_options, closing
+from engine.training.distillation import add_teacher_options, load_teacher, make_criterion
+from engine.training.loop import fit
+from engine.training.run import Run, add_training_options, closing_run
 from models import build
 
 
 def make_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Train a CIFAR-10 ResNet in full precision.")
     add_training_options(parser, lr=0.1, weight_decay=1e-3)
+    add_teacher_options(parser)
     return parser
 
 
 def make_train_step(
-    run: Run, network: Callable[[Tensor], Tensor], optimizer: Optimizer, label_smoothing: float
+    run: Run,
+    network: Callable[[Tensor], Tensor],
+    optimizer: Optimizer,
+    criterion: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The step: (images, labels) -> (loss, logits), with the weights changed. network: as the run wraps it."""
+    """The step: (images, labels) -> (loss, logits), with the weights changed.
+
+    network: compiled and parallelized as the run wants it. criterion: (logits, images, labels) -> loss.
+    """
 
     def train_step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         optimizer.zero_grad()
         with run.autocast():
             logits = network(images)  # (N, 3, 32, 32) -> (N, 10)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-        run.backward(loss, len(labels))
-        run.step(optimizer)
+        loss = criterion(logits.float(), images, labels)
+        loss.backward()
+        optimizer.step()
         return loss, logits
 
     return train_step
@@ -50,34 +56,24 @@ def make_train_step(
 
 def train(run: Run) -> None:
     args = run.args
-    data = cifar10.load(
-        args.data_dir, val_size=args.val_size, limit_train=args.limit_train, limit_test=args.limit_test
-    )
+    teacher = load_teacher(run)
     rank, world_size = distributed.rank(), distributed.world_size()
-    loader = cifar10.TrainLoader(
-        data.train, args.batch_size, seed=args.seed, device=run.device, rank=rank, world_size=world_size
-    )
-
+    data, loader = cifar10.load_for_training(args, run.device, rank=rank, world_size=world_size)
     torch.manual_seed(args.seed)
-    model = run.place(build(args.arch))
+    model = run.to_device(build(args.arch))
     optimizer = torch.optim.SGD(
         model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=True
     )
-    network = run.wrap(model, len(data.train))
+    network = run.compile_and_parallelize(model)
+    criterion = make_criterion(run, teacher)
 
-    train_step = make_train_step(run, network, optimizer, args.label_smoothing)
-
-    def score(split_name: str) -> Scores:
-        split = getattr(data, split_name)
-        batches = cifar10.eval_batches(split, EVAL_BATCH, run.device, rank=rank, world_size=world_size)
-        return evaluate(model, batches, len(split), progress="scoring")
-
+    train_step = make_train_step(run, network, optimizer, criterion)
     run.describe(model, len(data.train), data.scored_on)
-    fit(run, model, [optimizer], loader, train_step, score, chosen_on="val" if data.val else "test")
+    fit(run, model, [optimizer], loader, data, train_step)
 
 
 def main() -> None:
-    with closing(Run.start(make_parser(), kind="float")) as run:
+    with closing_run(Run.start(make_parser(), kind="float")) as run:
         train(run)
 
 

@@ -16,44 +16,32 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
 import cifar10
 from engine import checkpoints, cli
 from engine.cli import UserError
-from engine.evaluate import Scores, evaluate
 from engine.training import distributed
-from engine.training.loop import EVAL_BATCH, fit
+from engine.training.distillation import add_teacher_options, load_teacher, make_criterion
+from engine.training.loop import fit
 from engine.training.muon import Muon
-from engine.training.run import Run, add_training_options, closing
+from engine.training.run import Run, add_training_options, closing_run
 from engine.training.tracking import SignWatch
 from models import BC, build
-from models.bitpack import fold_normalization
+
+LATENT_LR = {"muon": 0.01, "adam": 0.01, "sgd": 10.0}  # benchmarks/experiments.md, sections 1, 2 and 19
 
 
 def make_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Train a CIFAR-10 ResNet whose weights are one bit each, with BinaryConnect.")
     add_training_options(parser, lr=0.1, weight_decay=1e-4)
     group = parser.add_argument_group("BinaryConnect (--lr and --weight-decay are those of all other parameters)")
+    group.add_argument("--optimizer", choices=LATENT_LR, default="muon", help="optimizer of the latent weights")
     group.add_argument(
-        "--optimizer", choices=("muon", "adam", "sgd"), default="muon", help="optimizer of the latent weights"
-    )
-    group.add_argument(
-        "--latent-lr", type=cli.number(0), default=0.01, help="peak learning rate of the latent weights"
-    )
-    group.add_argument(
-        "--latent-decay-power",
-        type=cli.number(0, above=True, maximum=100),
-        metavar="P",
-        help="let the latent learning rate fall as (1 - t)^P, t from 0 to 1 after the warm-up (default: a cosine)",
-    )
-    group.add_argument(
-        "--latent-weight-decay",
+        "--latent-lr",
         type=cli.number(0),
-        default=0.0,
-        help="L2 penalty on the latent weights, for adam and sgd",
+        help="peak learning rate of the latent weights (default: 0.01 for muon and adam, 10 for sgd)",
     )
     group.add_argument(
         "--logit-scale",
@@ -65,25 +53,17 @@ def make_parser() -> cli.ArgumentParser:
         "--stochastic", action="store_true", help="draw the signs at random, as the paper's section 2.3"
     )
     group.add_argument("--init", type=Path, metavar="CKPT", help="start from these weights, clipped to [-1, 1]")
-    group.add_argument("--teacher", type=Path, metavar="CKPT", help="distill from this full-precision checkpoint")
-    group.add_argument(
-        "--temperature",
-        type=cli.number(0, above=True, maximum=1000),
-        default=4.0,
-        help="softens both outputs in the distillation",
-    )
-    group.add_argument(
-        "--teacher-weight",
-        type=cli.number(0, maximum=1),
-        default=0.9,
-        help="share of the teacher in the loss",
-    )
+    add_teacher_options(parser)
     return parser
 
 
-def load_init(path: Path | None, arch: str) -> checkpoints.Checkpoint | None:
-    """The checkpoint of --init. Raises UserError where it is of another architecture or packed."""
-    if path is None:
+def load_init(run: Run) -> checkpoints.Checkpoint | None:
+    """The checkpoint of --init; None for a resumed run, which has its weights already.
+
+    Raises UserError where it is of another architecture or packed.
+    """
+    path, arch = run.args.init, run.args.arch
+    if path is None or run.resumed:
         return None
     loaded = checkpoints.load(path)
     if loaded.arch != arch:
@@ -93,54 +73,24 @@ def load_init(path: Path | None, arch: str) -> checkpoints.Checkpoint | None:
     return loaded
 
 
-def load_teacher(path: Path | None, resumed: checkpoints.Checkpoint | None) -> checkpoints.Checkpoint | None:
-    """The checkpoint of --teacher, of any architecture. Raises UserError unless it is one in full precision, and,
-    for a run that is resumed, the one it began with, whatever its name and place are now."""
-    if path is None:
-        return None
-    loaded = checkpoints.load(path)
-    if resumed and loaded.sha256 != resumed.raw.get("teacher_sha256"):
-        raise UserError(f"--teacher {path}: not the file that {resumed.path} was run with; name the one that is")
-    if loaded.kind not in ("float", "unknown"):
-        raise UserError(f"--teacher {path}: its weights are {loaded.kind}; a full-precision checkpoint is needed")
-    return loaded
-
-
-def make_optimizers(args: object, bc: BC) -> list[Optimizer]:
+def make_optimizers(run: Run, bc: BC) -> list[Optimizer]:
     """One optimizer for the latent weights, one for biases and BatchNorm.
 
-    Weight decay would drag latent weights towards zero, where signs flip at random: they have their own.
+    Weight decay would drag latent weights towards zero, where signs flip at random: they have none.
     """
+    args = run.args
     latent = bc.targets()
     ours = {id(weight) for weight in latent}
     others = [p for p in bc.model.parameters() if id(p) not in ours]
-    group = {"params": latent, "name": "latent_lr"}
-    if args.latent_decay_power is not None:
-        group["decay_power"] = args.latent_decay_power
+    group = {"params": latent, "name": "latent_lr", "lr": args.latent_lr}
     if args.optimizer == "muon":
-        first: Optimizer = Muon([group], lr=args.latent_lr)
+        first: Optimizer = Muon([group])
     elif args.optimizer == "adam":
-        first = torch.optim.Adam([group], lr=args.latent_lr, weight_decay=args.latent_weight_decay, fused=True)
+        first = Adam([group], fused=True)
     else:
-        first = torch.optim.SGD(
-            [group],
-            lr=args.latent_lr,
-            momentum=0.9,
-            nesterov=True,
-            weight_decay=args.latent_weight_decay,
-            fused=True,
-        )
-    second = torch.optim.SGD(
-        others, lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=True
-    )
+        first = SGD([group], momentum=0.9, nesterov=True, fused=True)
+    second = SGD(others, lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=True)
     return [first, second]
-
-
-def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Hinton, Vinyals and Dean 2015: temperature^2 * KL(teacher || student), of softened outputs (N, 10), in nats."""
-    student = F.log_softmax(logits / temperature, dim=1)
-    teacher = F.log_softmax(teacher_logits / temperature, dim=1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def make_train_step(
@@ -149,86 +99,66 @@ def make_train_step(
     network: Callable[[Tensor], Tensor],
     optimizers: list[Optimizer],
     criterion: Callable[[Tensor, Tensor, Tensor], Tensor],
-    logit_scale: float,
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The BinaryConnect step: (images, labels) -> (loss, logits), with the latent weights changed.
 
-    network: bc as the run wraps it (compiled, several processes).
+    network: bc, compiled and parallelized as the run wants it.
     criterion: (scaled logits, images, labels) -> loss.
     """
 
     def train_step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         for optimizer in optimizers:
             optimizer.zero_grad()
-        bc.binarization()  # 1. binarize: the weights become sign(w), the latent weights w are put by
+        bc.binarization()  # 1. binarize: the weights become sign(w), the latent weights w are saved
         with run.autocast():
             logits = network(images)  # 2. forward with binary weights: (N, 3, 32, 32) -> (N, 10)
-        loss = criterion(logit_scale * logits.float(), images, labels)
-        run.backward(loss, len(labels))  # 3. backward, with binary weights as well
+        loss = criterion(run.args.logit_scale * logits.float(), images, labels)
+        loss.backward()  # 3. backward, with binary weights as well
         bc.restore()  # 4. the latent weights are back; the gradient is still that of the binary ones
-        run.step(*optimizers)  # 5. optimizer step on the latent weights: small changes add up to a flip
+        for optimizer in optimizers:
+            optimizer.step()  # 5. optimizer step on the latent weights: small changes add up to a flip
         bc.clip()  # 6. the latent weights stay in [-1, 1]
         return loss, logits
 
     return train_step
 
 
-def train(run: Run, init: checkpoints.Checkpoint | None, taught_by: checkpoints.Checkpoint | None) -> None:
+def train(run: Run) -> None:
     args = run.args
-    data = cifar10.load(
-        args.data_dir, val_size=args.val_size, limit_train=args.limit_train, limit_test=args.limit_test
-    )
+    if args.latent_lr is None:
+        args.latent_lr = LATENT_LR[args.optimizer]
+    init, teacher = load_init(run), load_teacher(run)
     rank, world_size = distributed.rank(), distributed.world_size()
-    loader = cifar10.TrainLoader(
-        data.train, args.batch_size, seed=args.seed, device=run.device, rank=rank, world_size=world_size
-    )
-
+    data, loader = cifar10.load_for_training(args, run.device, rank=rank, world_size=world_size)
     torch.manual_seed(args.seed)
     model = build(args.arch)
     if init:
         model.load_state_dict(init.state_dict)
-    bc = run.place(BC(model, stochastic=args.stochastic))
+    bc = run.to_device(BC(model, stochastic=args.stochastic))
     bc.clip()
-    optimizers = make_optimizers(args, bc)
-    network = run.wrap(bc, len(data.train))
-    teacher = run.place(fold_normalization(taught_by.model())) if taught_by else None  # folded: less work
+    optimizers = make_optimizers(run, bc)
+    network = run.compile_and_parallelize(bc)
+    criterion = make_criterion(run, teacher)
 
-    def criterion(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
-        if teacher is None:
-            return loss
-        with torch.no_grad(), run.autocast():
-            teacher_logits = teacher(images)
-        learned = distillation(logits, teacher_logits.float(), args.temperature)
-        return args.teacher_weight * learned + (1 - args.teacher_weight) * loss
-
-    train_step = make_train_step(run, bc, network, optimizers, criterion, args.logit_scale)
-
-    def score(split_name: str) -> Scores:
-        split = getattr(data, split_name)
-        batches = cifar10.eval_batches(split, EVAL_BATCH, run.device, rank=rank, world_size=world_size)
-        with bc.binarized():  # the binarized network is the result: it is what is scored and chosen
-            return evaluate(model, batches, len(split), logit_scale=args.logit_scale, progress="scoring")
-
+    train_step = make_train_step(run, bc, network, optimizers, criterion)
     run.describe(model, len(data.train), data.scored_on)
     fit(
         run,
         model,
         optimizers,
         loader,
+        data,
         train_step,
-        score,
-        chosen_on="val" if data.val else "test",
-        watch=SignWatch(bc),
-        about={"logit_scale": args.logit_scale, "teacher_sha256": taught_by.sha256 if taught_by else None},
+        scoring=bc.binarized,  # the binarized network is the result: it is what is scored and chosen
+        logit_scale=args.logit_scale,
+        meter=SignWatch(bc),
+        extra={"logit_scale": args.logit_scale, "teacher_sha256": teacher.sha256 if teacher else None},
     )
 
 
 def main() -> None:
-    with closing(Run.start(make_parser(), kind="latent")) as run:
-        # A resumed run has its weights already; the teacher it needs in any case.
-        init = None if run.resumed else load_init(run.args.init, run.args.arch)
-        train(run, init, load_teacher(run.args.teacher, run.resumed))
+    with closing_run(Run.start(make_parser(), kind="latent")) as run:
+        train(run)
 
 
 if __name__ == "__main__":

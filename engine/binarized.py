@@ -7,7 +7,7 @@ from pathlib import Path
 from engine import checkpoints
 from engine.checkpoints import Checkpoint
 from engine.cli import UserError
-from engine.files import atomic_write, set_aside
+from engine.files import archive, atomic_write
 from models import ResNetS
 from models.binaryconnect import binarize_model
 
@@ -32,7 +32,7 @@ def write(path: Path, content: bytes, source_sha256: str) -> None:
     Raises UserError where that cannot be done; no file is lost.
     """
     if path.exists() and _source_of(path) != source_sha256:
-        moved = set_aside(path.parent, [path.name])
+        moved = archive(path.parent, [path.name])
         print(f"{path} was made from another checkpoint: moved to {moved}.")
     atomic_write(path, content)
 

@@ -17,6 +17,7 @@ import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -60,6 +61,26 @@ class ArgumentParser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def adopt_defaults(self, values: dict[str, Any]) -> None:
+        """Take `values`, as a file recorded them, as defaults; they are held to the same rules when parsing.
+
+        Raises UserError for a value that the command line could not give.
+        """
+        for action in self._actions:
+            if action.dest not in values:
+                continue
+            value = values[action.dest]
+            if action.nargs == 0:  # a flag
+                fits = isinstance(value, bool)
+            elif value is None:
+                fits = action.default is None
+            else:
+                fits = isinstance(value, str | int | float) and (not action.choices or value in action.choices)
+                value = str(value)  # argparse parses defaults that are text
+            if not fits:
+                self.error(f"--{action.dest.replace('_', '-')}: {value!r} does not fit")
+            action.default = value
 
     def error(self, message: str) -> None:
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -224,12 +245,12 @@ def fail(message: str) -> int:
     return EXIT_MISTAKE
 
 
-def _terminate(signum: int, _frame: object) -> None:
-    raise Interrupted(signum, "Terminated.")
+def _stop(signum: int, _frame: object) -> None:
+    raise Interrupted(signum, "Terminated." if signum == signal.SIGTERM else "Interrupted.")
 
 
 def ignore_signals() -> None:
-    """The process is about to end, with its own status: another signal would be a traceback in the midst of that."""
+    """The process is about to end with its own status: another signal would only add a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -245,7 +266,9 @@ def run(main: Callable[[], None]) -> None:
     """Run a script's main function and turn its errors into one line and an exit status."""
     use_plain_text_where_needed()
     tqdm.monitor_interval = 0  # its thread is not needed, and where memory is short it cannot start and warns
-    signal.signal(signal.SIGTERM, _terminate)  # so that what must be cleaned up is
+    for number in (signal.SIGINT, signal.SIGTERM):  # as exceptions, so that what must be cleaned up is
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as for Ctrl-C in a job that nohup started
+            signal.signal(number, _stop)
     debug = "--debug" in sys.argv
     try:
         try:
@@ -257,9 +280,6 @@ def run(main: Callable[[], None]) -> None:
         if stop.message:
             print(stop.message, file=sys.stderr, flush=True)
         sys.exit(stop.exit_status)
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr, flush=True)
-        sys.exit(130)
     except BrokenPipeError:
         # The reader (`| head`) is gone: nothing is left to say; stop the interpreter's own flush from complaining.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,9 +1,10 @@
-"""Files that survive a kill: atomic writes, sets moved aside, a folder lock that dies with its process."""
+"""Files that survive a kill: atomic writes, previous runs archived, a folder lock that dies with its process."""
 
 from __future__ import annotations
 
 import contextlib
 import glob
+import itertools
 import json
 import os
 import socket
@@ -17,7 +18,6 @@ from typing import IO, Any
 from engine.cli import UserError, reason
 
 _TEMPORARY = ".tmp-"
-_GATHERING = ".part"
 _STALE_SECONDS = 3600
 
 
@@ -77,72 +77,29 @@ def keep_source(source: Path, path: Path) -> None:
         raise UserError(f"{source}: is the name of the file that is to be made; rename it or give another place")
 
 
-def set_aside(folder: Path, names: Iterable[str]) -> Path | None:
+def archive(folder: Path, names: Iterable[str]) -> Path | None:
     """Move the files of `names` that exist into one new folder `previous-N`; return it, or None if none exists.
 
-    They gather in `previous-N.part`, which gets its name when all are there: see `undo_unfinished_moves`.
-    Raises UserError where they cannot be moved.
+    A kill on the way leaves each file in one of the two places. Raises UserError where they cannot be moved.
     """
     present = [folder / name for name in names if os.path.lexists(folder / name)]
     if not present:
         return None
-    target, gathering = _make_target(folder)
-    for path in present:
-        try:
-            _move(path, gathering / path.name)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be moved to {gathering}: {reason(error)}") from error
+    numbers = itertools.count(1)
+    target = next(t for n in numbers if not os.path.lexists(t := folder / f"previous-{n}"))
     try:
-        os.rename(gathering, target)
-        _sync_folder(folder)
+        target.mkdir()
+        for path in present:
+            if path.is_symlink() and not os.path.isabs(
+                os.readlink(path)
+            ):  # from another folder it would lead elsewhere
+                os.symlink(os.path.realpath(path), target / path.name)
+                path.unlink()
+            else:
+                os.replace(path, target / path.name)
     except OSError as error:
-        raise UserError(f"{gathering}: cannot be renamed to {target.name}: {reason(error)}") from error
+        raise UserError(f"{folder}: its files cannot be moved to {target}: {reason(error)}") from error
     return target
-
-
-def _move(path: Path, to: Path) -> None:
-    if path.is_symlink() and not os.path.isabs(os.readlink(path)):  # from another folder it would lead elsewhere
-        os.symlink(os.path.realpath(path), to)
-        path.unlink()
-    else:
-        os.replace(path, to)
-
-
-def _make_target(folder: Path) -> tuple[Path, Path]:
-    """A name that is free, and the folder, made now, that will bear it."""
-    number = 0
-    while True:
-        number += 1
-        target = folder / f"previous-{number}"
-        gathering = folder / f"previous-{number}{_GATHERING}"
-        if os.path.lexists(target):
-            continue
-        try:
-            gathering.mkdir()
-            return target, gathering
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"{gathering}: cannot be created: {reason(error)}") from error
-
-
-def undo_unfinished_moves(folder: Path) -> None:
-    """Put back what a killed `set_aside` had moved so far, so that the set is whole again. Needs the folder lock.
-
-    Where one of the names is taken again, the move is finished instead. Raises UserError where neither can be done.
-    """
-    for gathering in folder.glob(f"previous-*{_GATHERING}"):
-        try:
-            if any(os.path.lexists(folder / path.name) for path in gathering.iterdir()):
-                target, reserved = _make_target(folder)
-                os.rename(gathering, target)
-                reserved.rmdir()
-                continue
-            for path in gathering.iterdir():
-                os.replace(path, folder / path.name)
-            gathering.rmdir()
-        except OSError as error:
-            raise UserError(f"{gathering}: its files cannot be moved back: {reason(error)}") from error
 
 
 class FolderLock:
@@ -183,7 +140,7 @@ class FolderLock:
             about = json.loads(self._file.read())
             return f"process {about['pid']} on {about['host']} since {about['since']}: {about['command']}"
         except (OSError, ValueError, KeyError, TypeError):
-            return "its process has not said which it is"
+            return "holder unknown"
 
     def check(self) -> None:
         """Raises UserError where the folder's lock is another than ours: what is in that folder is not this run's."""

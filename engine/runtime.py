@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import platform
 import sys
@@ -11,17 +12,12 @@ from contextlib import AbstractContextManager
 import torch
 
 from engine.cli import UserError
-from engine.training import distributed
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# Below so many images in a whole run, ten epochs, compiling (20 to 40 s) takes longer than it saves. That differs by
-# machine, from 2 epochs to 24: benchmarks/speed.md.
-COMPILE_PAYS_FROM_IMAGES = 500_000
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep freed blocks instead of handing them back to the system after each step; True where it did.
+    """Let glibc keep freed blocks instead of returning them to the system after each step; True where it did.
 
     Activations of some megabytes are allocated and freed at every layer; each return costs page faults anew.
     """
@@ -36,22 +32,19 @@ def keep_freed_memory() -> bool:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """The precision of the products in training: what `--precision` says, or the fastest safe one for "auto".
+    """The precision of the products in training: what `--precision` says, or for "auto" the fastest safe one.
 
-    bfloat16 where the device computes with it (CPU: Intel AMX or AVX-512 BF16; CUDA: since Ampere), float16 on older
-    CUDA devices, otherwise float32. Convolutions and classifier are in it, and the activations they hand on; weights,
-    BatchNorm's parameters and statistics, loss and optimizer are float32 throughout; so is evaluation.
-    Raises UserError for float16 on a device other than CUDA.
+    bfloat16 where the device computes with it (CPU: Intel AMX or AVX-512 BF16; CUDA: since Ampere), else float32.
+    Convolutions, the classifier and their output activations are in it; weights, BatchNorm's parameters and
+    statistics, loss and optimizer are float32 throughout; so is evaluation.
     """
-    if name == "float16" and device.type != "cuda":
-        raise UserError("--precision float16: for CUDA devices only; use bfloat16 or float32")
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-    if device.type == "cpu" and cpu_has_bfloat16_units():
-        return "bfloat16"
-    return "float32"
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = device.type == "cpu" and cpu_has_bfloat16_units()
+    return "bfloat16" if fast else "float32"
 
 
 def cpu_has_bfloat16_units() -> bool:
@@ -69,62 +62,41 @@ def may_be_emulated(precision: str, device: torch.device) -> bool:
     return precision == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16_units()
 
 
-def device_generator_state(device: torch.device) -> torch.Tensor | None:
-    """The state of the device's own generator of random numbers, uint8 on the CPU; None for the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_rng_state(device)
-    return torch.mps.get_rng_state() if device.type == "mps" else None
-
-
-def restore_device_generator(device: torch.device, state: torch.Tensor | None) -> None:
-    """Undo what has been drawn since `device_generator_state`; nothing where the state is of another device."""
-    current = device_generator_state(device)
-    if state is None or current is None or state.shape != current.shape:
-        return
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.mps.set_rng_state(state)
-
-
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
     """The context in which the forward pass runs; for float32 it does nothing."""
     dtype = PRECISIONS[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def gradient_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """Loss scaling: needed by float16's narrow range only; otherwise it passes everything through."""
-    return torch.amp.GradScaler(device.type, enabled=precision == "float16")
+def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of torch's random generators that a run on `device` draws from, uint8 on the CPU."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
 
 
-def choose_compile(
-    wanted: bool | None, device: torch.device, images: int, *, was: bool | None = None
-) -> tuple[bool, str]:
+def restore_generators(states: dict[str, torch.Tensor]) -> None:
+    """Undo what has been drawn since `generator_states`, from the generators that `states` names."""
+    for kind, state in states.items():
+        {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state, "mps": torch.mps.set_rng_state}[kind](state)
+
+
+def choose_compile(wanted: bool | None, device: torch.device) -> tuple[bool, str]:
     """Whether to compile the network, and a one-line notice if the answer needs one.
 
-    wanted: --compile, --no-compile, or None to decide: on a GPU where it works and the run is long enough.
-    images: training images of the whole run. was: of a run that is resumed, whether it was compiled; it stays so.
+    wanted: --compile, --no-compile, or None for the default: on CUDA devices where it works, not on CPUs, where it
+    was between 3 % slower and 15 % faster (benchmarks/speed.md).
     Raises UserError where --compile is given and does not work.
     """
-    if was is False or (was is None and wanted is False):
+    if wanted is False or (wanted is None and device.type != "cuda"):
         return False, ""
-    if was is None and wanted is None and device.type == "cpu":
-        return False, ""  # it made training 3 % slower on one CPU, 15 % faster on another: benchmarks/speed.md
-    if was is None and wanted is None and images < COMPILE_PAYS_FROM_IMAGES:
-        return False, "Not compiled: the run is too short to repay it (--compile does it anyway)."
     error = _try_compile(device)
-    if not distributed.any_rank(bool(error)):
-        return True, ""
-    error = error or "in another process"
-    if was:
-        return (
-            False,
-            f"Not compiled any more, so not the same to the last bit: torch.compile does not work ({error}).",
-        )
-    if wanted:
+    if error and wanted:
         raise UserError(f"--compile: torch.compile does not work here: {error}; leave the option out")
-    return False, f"Not compiled: torch.compile does not work here ({error})."
+    return not error, f"Not compiled: torch.compile does not work here ({error})." if error else ""
 
 
 def _try_compile(device: torch.device) -> str:
@@ -140,8 +112,6 @@ def _try_compile(device: torch.device) -> str:
 def silence_compiler() -> None:
     """Keep the compiler's own notes (no CUDA found, and so on) off the screen; errors still show."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    import logging
-
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 

@@ -1,43 +1,41 @@
-"""The loop that both trainings share: schedule, progress, stopping, resuming, saving.
+"""The loop that both trainings share: epochs, progress, scoring, saving, resuming.
 
-A script makes a `Run` (engine/run.py), builds its network and optimizers, and gives `fit` the function that does one
+A script makes a `Run` (run.py), builds its network and optimizers, and gives `fit` the function that does one
 step. The step itself is in the script.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-import signal
 import sys
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, PolynomialLR, SequentialLR
 from tqdm import tqdm
 
-from engine import checkpoints, runtime
+from engine import checkpoints, cli, runtime
 from engine.checkpoints import BEST, FINAL, LAST
 from engine.cli import Interrupted, UserError, reason
-from engine.evaluate import Scores
+from engine.evaluate import Scores, evaluate
 from engine.training import distributed
 from engine.training.run import Run, plain_options
-from engine.training.state import check_training_state, moments_in_own_memory
+from engine.training.schedule import warmup_steps, warmup_then_cosine
+from engine.training.state import check_form, check_history, in_own_memory, state_after_a_step
 from engine.training.tracking import END_PATIENCE, WandbRun, draw_curves, write_metrics
 
-EVAL_BATCH = 500  # images per batch when scoring; any size gives the same figures but for rounding
+Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (images, labels) -> (loss, logits)
 _LOOK_SECONDS = 0.5  # how often the numbers are fetched from the device for the progress bar
 _CURVES_SECONDS = 60.0  # drawing takes about a second: not at the end of every short epoch
 
 
 class Loader(Protocol):
-    """Batches of one split: see cifar10.TrainLoader."""
+    """The training batches of one process: see cifar10.TrainLoader."""
 
     steps_per_epoch: int
     labels: Tensor  # of all the images, in file order
@@ -45,84 +43,20 @@ class Loader(Protocol):
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
-class EpochWatch(Protocol):
-    """Something that measures a whole epoch, with a state of its own so that it survives a stop within one."""
+class EvaluationData(Protocol):
+    """The images to score on: see cifar10.Data."""
+
+    def count(self, split: str) -> int: ...
+
+    def batches(self, split: str, device: torch.device, rank: int, world_size: int) -> Iterator: ...
+
+
+class EpochMeter(Protocol):
+    """Something that measures a whole epoch: see tracking.FlipRateMeter."""
 
     def begin(self) -> None: ...
 
     def end(self) -> dict[str, float]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-def make_schedulers(run: Run, optimizers: list[Optimizer], steps_per_epoch: int) -> list[LRScheduler]:
-    """Linear warm-up, then cosine annealing to zero (Loshchilov and Hutter 2017, without restarts), step by step.
-
-    An optimizer whose parameter group has a "decay_power" p falls to zero as (1 - t)^p instead, t from 0 to 1.
-    """
-    args = run.args
-    total = args.epochs * steps_per_epoch
-    if args.warmup_epochs == 0 or args.epochs > 2 * args.warmup_epochs:
-        warmup = round(args.warmup_epochs * steps_per_epoch)
-    else:
-        warmup = total // 5
-        if not run.resumed:  # said when it began
-            short = f"--epochs {args.epochs} is that short"
-            run.say(f"Warm-up shortened to one fifth of the run, {warmup} steps: {short}.")
-    # In older versions of torch SequentialLR calls step() in a way that step() itself warns of.
-    warnings.filterwarnings("ignore", r"The epoch parameter in `scheduler\.step\(\)`", UserWarning)
-    schedulers: list[LRScheduler] = []
-    for optimizer in optimizers:
-        power = optimizer.param_groups[0].get("decay_power")
-        if power is None:
-            falling: LRScheduler = CosineAnnealingLR(optimizer, T_max=total - warmup)
-        else:
-            falling = PolynomialLR(optimizer, total_iters=total - warmup, power=power)
-        if warmup == 0:
-            schedulers.append(falling)
-            continue
-        linear = LinearLR(optimizer, start_factor=1 / (warmup + 1), end_factor=1.0, total_iters=warmup)
-        schedulers.append(SequentialLR(optimizer, [linear, falling], milestones=[warmup]))
-    return schedulers
-
-
-class _Signals:
-    """Ctrl-C and SIGTERM while training: noted, and acted upon between two steps.
-
-    Where there is nothing new to save they act at once: before the first step of this process, which may take half
-    a minute to compile, while scoring, and after the last epoch. So does a second one; within a second it counts
-    as the same, as some wrappers pass on what the terminal has sent already.
-    """
-
-    def __init__(self) -> None:
-        self.signum = 0
-        self.at_once = True
-        self._since = 0.0
-
-    def __enter__(self) -> _Signals:
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        self._before = {number: signal.signal(number, self._note) for number in numbers}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, signum: int, _frame: object) -> None:
-        now = time.monotonic()
-        again = self.signum != 0 and now - self._since > 1
-        if not self.signum:
-            self.signum, self._since = signum, now
-        if self.at_once or again:
-            raise Interrupted(self.signum)
-
-    def act_at_once(self) -> None:
-        """Act at once from here on, also on what was noted just now."""
-        self.at_once = True
-        if self.signum:
-            raise Interrupted(self.signum)
 
 
 class Trainer:
@@ -134,65 +68,60 @@ class Trainer:
         model: nn.Module,
         optimizers: list[Optimizer],
         loader: Loader,
-        step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        step: Step,
         score: Callable[[str], Scores],
         chosen_on: str,
-        watch: EpochWatch | None,
-        about: dict[str, Any],
+        meter: EpochMeter | None,
+        extra: dict[str, Any],
     ) -> None:
         self.run, self.model, self.optimizers, self.loader = run, model, optimizers, loader
-        self.step, self.score, self.chosen_on, self.watch, self.about = step, score, chosen_on, watch, about
-        self.schedulers = make_schedulers(run, optimizers, loader.steps_per_epoch)
-        self.epoch, self.steps_done = 0, 0  # finished epochs; finished steps of the epoch under way
+        self.step, self.score, self.chosen_on, self.meter, self.extra = step, score, chosen_on, meter, extra
+        self.forms = [state_after_a_step(optimizer) for optimizer in optimizers]
+        epochs, steps = run.args.epochs, loader.steps_per_epoch
+        warmup = warmup_steps(epochs, run.args.warmup_epochs, steps)
+        if not run.resumed and warmup != round(run.args.warmup_epochs * steps):
+            short = f"--epochs {epochs} is that short"
+            run.print_once(f"Warm-up shortened to one fifth of the run, {warmup} steps: {short}.")
+        self.schedulers = [warmup_then_cosine(optimizer, epochs * steps, warmup) for optimizer in optimizers]
+        self.epoch = 0  # finished epochs
         self.totals = torch.zeros(3, device=run.device)  # sum of loss, correct, images: of the epoch under way
-        self.seconds = 0.0  # of the epoch under way
-        self.scoring_seconds = 0.0  # of the last epoch scored by this process
+        self.steps_done, self.seconds = 0, 0.0  # of the epoch under way
+        self.scoring_seconds = 0.0  # of the last epoch
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {}
         self.wandb_id = uuid.uuid4().hex[:8]
-        self.saved: tuple[int, int] | None = None  # finished epochs and steps in this run's checkpoint_last.pth
-        self.signals = _Signals()
         self._curves_drawn = time.perf_counter()
-        self._speed = 0.0
 
     # -- state ---------------------------------------------------------------------------------------------
 
     def checkpoint(self, epoch: int, metrics: dict[str, float], **more: Any) -> dict[str, Any]:
         """The dictionary of a checkpoint with the weights of now; `more` adds or overrides entries."""
-        entries = (
-            self.about | {"config": plain_options(self.run.args), "versions": checkpoints.library_versions()} | more
-        )
+        config, versions = plain_options(self.run.args), checkpoints.library_versions()
+        entries = self.extra | {"config": config, "versions": versions} | more
         state = self.model.state_dict()
         return checkpoints.make(self.run.args.arch, self.run.kind, state, epoch=epoch, metrics=metrics, **entries)
 
-    def latest_metrics(self) -> dict[str, float]:
-        return self.history[-1] if self.history else {}
+    def best_checkpoint(self) -> dict[str, Any]:
+        return self.checkpoint(self.best["epoch"], self.best["metrics"], state_dict=self.best["state_dict"])
 
-    def training_state(self, totals: Tensor) -> dict[str, Any]:
-        """What a resumed run needs beside the weights. totals: of all processes, (processes, 3)."""
+    def training_state(self) -> dict[str, Any]:
+        """What a resumed run needs beside the weights."""
         return {
-            "precision": self.run.precision,
-            "compiled": self.run.compiled,
-            "threads": torch.get_num_threads(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
-            "scaler": self.run.scaler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "device_rng": runtime.device_generator_state(self.run.device),
+            "generators": runtime.generator_states(self.run.device),
+            "processes": distributed.world_size(),
+            "threads": torch.get_num_threads(),
+            "labels": checkpoints.digest(self.loader.labels),
             "epoch": self.epoch,
-            "steps_done": self.steps_done,
-            "totals": totals.cpu(),
-            "seconds": self.seconds,
-            "watch": self.watch.state_dict() if self.watch else {},
             "history": self.history,
             "best": self.best,
             "wandb_id": self.wandb_id,
-            "labels": checkpoints.digest(self.loader.labels),
         }
 
     def resume(self, resumed: checkpoints.Checkpoint) -> None:
         """Take up the state that a checkpoint holds. Raises UserError where it does not fit this run."""
-        expected = self.training_state(distributed.all_ranks(self.totals))  # its failure is not the file's fault
+        expected = self.training_state()  # outside of the try: its failure is not the file's fault
         try:
             self._load_training_state(resumed, expected)
         except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
@@ -200,62 +129,57 @@ class Trainer:
 
     def _load_training_state(self, resumed: checkpoints.Checkpoint, expected: dict[str, Any]) -> None:
         state = resumed.raw["training"]
-        if state["labels"] != checkpoints.digest(self.loader.labels):
+        if state["labels"] != expected["labels"]:
             raise UserError(f"{resumed.path}: was run on other training images than --data-dir holds; use the same")
-        totals = state["totals"].view(-1, 3)
-        if len(totals) != distributed.world_size():
+        if state["processes"] != expected["processes"]:
             raise UserError(
-                f"{resumed.path}: is a run of {len(totals)} processes, resumed by {distributed.world_size()}; start "
-                "as many (the result depends on it: BatchNorm statistics are each process's own)"
+                f"{resumed.path}: is a run of {state['processes']} processes, resumed by {expected['processes']}; "
+                "start as many"
             )
-        check_training_state(
-            state | {"totals": totals},
-            expected,
-            self.model,
-            self.optimizers,
-            epochs=self.run.args.epochs,
-            steps_per_epoch=self.loader.steps_per_epoch,
-            accuracy=f"{self.chosen_on}_accuracy",
-        )
+        for saved, form, mine in zip(state["optimizers"], self.forms, expected["optimizers"], strict=True):
+            check_form(saved, {"state": form["state"], "param_groups": mine["param_groups"]}, "optimizers")
+        for name in ("schedulers", "threads", "wandb_id"):
+            check_form(state[name], expected[name], name)
+        generators = {kind: state["generators"][kind] for kind in expected["generators"].keys() & state["generators"]}
+        check_form(generators, {kind: expected["generators"][kind] for kind in generators}, "generators")
+        history, best = state["history"], state["best"]
+        check_history(history, state["epoch"], self.run.args.epochs, {"epoch", f"{self.chosen_on}_accuracy"})
+        check_form(best, {"epoch": 1, "metrics": history[0], "state_dict": self.model.state_dict()}, "best")
+        if best["metrics"] != history[best["epoch"] - 1]:
+            raise ValueError("best is not an epoch of its history")
+
         self.model.load_state_dict(resumed.state_dict)
         for mine, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            mine.load_state_dict(moments_in_own_memory(saved, mine))
+            mine.load_state_dict(in_own_memory(saved, mine))
         for mine, saved in zip(self.schedulers, state["schedulers"], strict=True):
             mine.load_state_dict(saved)
-        self.run.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
-        runtime.restore_device_generator(self.run.device, state["device_rng"])
-        if self.watch:
-            self.watch.load_state_dict(state["watch"])
-        self.epoch, self.steps_done = state["epoch"], state["steps_done"]
-        self.totals.copy_(totals[distributed.rank()])
-        self.seconds = state["seconds"]
-        self.history, self.best, self.wandb_id = state["history"], state["best"], state["wandb_id"]
+        runtime.restore_generators(generators)
+        self.epoch, self.history, self.best = state["epoch"], history, best
+        self.wandb_id = state["wandb_id"]
+        if self.run.device.type == "cpu" and state["threads"] != expected["threads"]:
+            before, now = state["threads"], expected["threads"]
+            self.run.print_once(f"It ran on --threads {before} and now runs on {now}: not the same bits any more.")
 
-    def save_last(self) -> None:
-        """Write checkpoint_last.pth. Raises UserError, the file untouched, where the weights have diverged."""
-        if not self._is_finite():
-            self._diverged()
-        state = self.training_state(distributed.all_ranks(self.totals))
+    def save(self, name: str, content: dict[str, Any]) -> None:
+        """Write one of the run's checkpoints, in the writing process."""
         if distributed.is_writer():
-            self._write_last(self.checkpoint(self.epoch, self.latest_metrics(), training=state))
-
-    def _write_last(self, content: dict[str, Any]) -> None:
-        self.run.check_folder()
-        checkpoints.save(self.run.folder / LAST, content)
-        self.saved = (self.epoch, self.steps_done)
-
-    def _is_finite(self) -> bool:
-        return all(bool(value.isfinite().all()) for value in self.model.state_dict().values())
-
-    def save_best(self) -> None:
-        """Write best_model.pth from the best weights kept in memory, which checkpoint_last.pth holds too."""
-        if distributed.is_writer() and self.best:
             self.run.check_folder()
-            checkpoints.save(self.run.folder / BEST, self._best_content())
+            checkpoints.save(self.run.folder / name, content)
 
-    def _best_content(self) -> dict[str, Any]:
-        return self.checkpoint(self.best["epoch"], self.best["metrics"], state_dict=self.best["state_dict"])
+    def _check_finite(self) -> None:
+        if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
+            raise self.diverged()
+
+    def diverged(self) -> UserError:
+        run = self.run
+        first = run.resumed.path if run.resumed else getattr(run.args, "init", None)
+        files = [str(path) for path in (first, run.args.teacher) if path]
+        began = f", in a run that began with {' and '.join(files)}" if files else ""  # one of them may be the cause
+        saved = f"{run.folder / LAST} still holds the last good epoch; " if self.epoch else ""
+        return UserError(
+            f"the loss or a weight became NaN or infinite in epoch {self.epoch + 1}{began}; {saved}"
+            "start anew with smaller learning rates"
+        )
 
     # -- the loop ------------------------------------------------------------------------------------------
 
@@ -263,195 +187,99 @@ class Trainer:
         run = self.run
         if run.resumed:
             self.resume(run.resumed)
-        if run.resumes_its_own_folder():
-            self.saved = (self.epoch, self.steps_done)
-        else:
-            run.make_room()
-            self.save_last()  # from here on the run can be resumed
-        if run.resumed and self.epoch == run.args.epochs:
-            run.say(f"{run.resumed.path}: this run is finished, all {self.epoch} epochs of it.")
-            return
+        if not run.resumes_its_own_folder():
+            run.archive_previous_run()
         if run.resumed:
-            run.say(f"Resuming {run.resumed.path} at epoch {self.epoch + 1}, after its step {self.steps_done}.")
-            threads, now = run.resumed.raw["training"].get("threads"), torch.get_num_threads()
-            if run.device.type == "cpu" and threads not in (None, now):
-                run.say(f"It ran on --threads {threads} and now runs on {now}: not the same bits any more.")
+            self.save(LAST, self.checkpoint(self.epoch, self.history[-1], training=self.training_state()))
+            self.save(BEST, self.best_checkpoint())  # a kill may have left that of an epoch that is done again
+            if self.epoch == run.args.epochs:
+                run.print_once(f"{run.resumed.path}: this run is finished, all {self.epoch} epochs of it.")
+                return
+            run.print_once(f"Resuming {run.resumed.path} at epoch {self.epoch + 1}.")
         tracker = WandbRun(
             run.args.wandb if distributed.is_writer() else "disabled",
             run.folder,
             name=f"{run.args.arch}-{run.kind}-seed{run.args.seed}",
             config=plain_options(run.args),
             run_id=self.wandb_id,
-            say=run.say,
+            say=run.print_once,
         )
         status, patience = 1, 3.0
         try:
             while self.epoch < run.args.epochs:
                 self.train_epoch()
-                tracker.log(self.finish_epoch())
-                self._stop_where_asked()
+                self.finish_epoch()
+                tracker.log(self.history[-1])
             status, patience = 0, END_PATIENCE
-        except Interrupted as stop:
-            status = stop.exit_status
-            raise
         finally:
             tracker.finish(status, patience)
 
     def train_epoch(self) -> None:
-        """The steps of one epoch that are still to do."""
-        if self.steps_done == 0:
-            self.totals.zero_()
-            self.seconds = 0.0
-            if self.watch:
-                self.watch.begin()
+        self.totals.zero_()
+        self.steps_done = 0
+        if self.meter:
+            self.meter.begin()
         self.model.train()
         started = looked = time.perf_counter()
-        before = self.seconds
         steps = self.loader.steps_per_epoch
         with self._bar() as bar:
-            for images, labels in itertools.islice(self.loader.epoch(self.epoch), self.steps_done, None):
-                loss, logits = self._step(images, labels)
+            for images, labels in self.loader.epoch(self.epoch):
+                loss, logits = self.step(images, labels)
                 for scheduler in self.schedulers:
                     scheduler.step()
-                self._count(loss, logits, labels)
+                self._count(loss.detach(), logits, labels)
                 self.steps_done += 1
-                self.signals.at_once = False
                 bar.update()
                 now = time.perf_counter()
-                self.seconds = before + now - started
+                self.seconds = now - started
                 if now - looked > _LOOK_SECONDS or self.steps_done == steps:
                     looked = now
                     self._show(bar)
-                self._stop_where_asked()
-
-    def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        try:
-            return self.step(images, labels)
-        except ValueError:  # BC names a weight that is NaN before any loss shows it
-            if not self._is_finite():
-                self._diverged()
-            raise
 
     def _count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        loss = loss.detach()
         if loss.device.type == "cpu" and not math.isfinite(loss.item()):
-            self._diverged()  # elsewhere reading the loss would stall the device: it is looked at in _show
+            raise self.diverged()  # elsewhere reading the loss would stall the device: `_show` looks at it
         count = len(labels)
         correct = (logits.argmax(1) == labels).sum()
         self.totals += torch.stack([loss.float() * count, correct.float(), correct.new_tensor(count).float()])
 
-    def _bar(self) -> tqdm:
-        return tqdm(
-            total=self.loader.steps_per_epoch,
-            initial=self.steps_done,
-            desc=f"epoch {self.epoch + 1}/{self.run.args.epochs}",
-            leave=False,
-            disable=not (sys.stderr.isatty() and distributed.is_writer()),
-            bar_format="{desc} |{bar}|",
-            dynamic_ncols=True,
-        )
-
-    def _show(self, bar: tqdm) -> None:
-        loss, accuracy, count = self._means(self.totals)
-        if not math.isfinite(loss):
-            self._diverged()
-        self._speed = count * distributed.world_size() / max(self.seconds, 1e-9)
-        bar.set_description_str(
-            f"epoch {self.epoch + 1}/{self.run.args.epochs}  loss {loss:.3f}  acc {accuracy:.1f}%  "
-            f"{self._speed:,.0f} images/s  {self._time_left()} left"
-        )
-
-    @staticmethod
-    def _means(totals: Tensor) -> tuple[float, float, float]:
-        loss, correct, count = totals.tolist()
-        return loss / max(count, 1), 100 * correct / max(count, 1), count
-
-    def _time_left(self) -> str:
-        steps = self.loader.steps_per_epoch
-        left = (self.run.args.epochs - self.epoch) * steps - self.steps_done
-        training = left * self.seconds / max(self.steps_done, 1)
-        return tqdm.format_interval(training + (self.run.args.epochs - len(self.history)) * self.scoring_seconds)
-
-    def _diverged(self) -> None:
-        run = self.run
-        first = run.resumed.path if run.resumed else getattr(run.args, "init", None)
-        files = [str(path) for path in (first, getattr(run.args, "teacher", None)) if path]
-        began = f", in a run that began with {' and '.join(files)}" if files else ""  # one of them may be the cause
-        raise UserError(
-            f"the loss or a weight became NaN or infinite in epoch {self.epoch + 1}{began}; {run.folder / LAST} "
-            "still holds the last good state; start anew with smaller learning rates"
-        )
-
-    def _stop_where_asked(self) -> None:
-        signum = distributed.any_rank(self.signals.signum)
-        if signum:
-            self.save_last()
-            raise Interrupted(signum)
-
-    def finish_epoch(self) -> dict[str, float]:
-        """Score the network after an epoch's last step, write the run's files, and go on to the next epoch."""
-        loss, accuracy, count = self._means(distributed.sum_over_ranks(self.totals))
-        row = {"epoch": self.epoch + 1, "train_loss": loss, "train_accuracy": accuracy}
+    def finish_epoch(self) -> None:
+        """Score the network after an epoch's last step and write the run's files."""
+        loss, accuracy, count = _means(distributed.sum_over_ranks(self.totals))
+        self._check_finite()
         started = time.perf_counter()
-        scores = self._score_stoppably()
+        scores = self._score(self.chosen_on)
         self.scoring_seconds = time.perf_counter() - started
+        row = {"epoch": self.epoch + 1, "train_loss": loss, "train_accuracy": accuracy}
         row[f"{self.chosen_on}_loss"] = scores.loss
         row[f"{self.chosen_on}_accuracy"] = scores.accuracy
         row[f"{self.chosen_on}_images"] = scores.images
-        row |= {name: group["lr"] for name, group in self._named_groups()}
-        row |= self.watch.end() if self.watch else {}
+        row |= {
+            group.get("name", "lr"): group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups
+        }
+        row |= self.meter.end() if self.meter else {}
         row |= {"seconds": self.seconds, "images_per_second": count / max(self.seconds, 1e-9)}
-        self.history.append(row)
-        if not self.best or scores.accuracy > self.best["metrics"][f"{self.chosen_on}_accuracy"]:
+        improved = not self.best or scores.accuracy > self.best["metrics"][f"{self.chosen_on}_accuracy"]
+        if improved:
             state = checkpoints.plain_state(self.model.state_dict(), copy=True)
             self.best = {"epoch": self.epoch + 1, "metrics": row, "state_dict": state}
-            self.save_best()
-        left = self._time_left()
-        self.epoch += 1
-        self.steps_done = 0
-        self.save_last()
+        self.history.append(row)
+        self.epoch, self.steps_done = self.epoch + 1, 0
+        self.save(LAST, self.checkpoint(self.epoch, row, training=self.training_state()))
+        if improved:
+            self.save(BEST, self.best_checkpoint())
         self.write_records()
-        self.run.say(self._epoch_line(row, left))
-        return row
+        self.run.print_once(self._epoch_line(row))
 
-    def _score_stoppably(self) -> Scores:
-        """Score the network; a signal meanwhile saves the state after the epoch's last step and acts at once."""
-        if not self._is_finite():
-            self._diverged()
+    def _score(self, split: str) -> Scores:
         try:
-            if distributed.world_size() > 1:  # the processes must leave together: see `_stop_where_asked`
-                return self.score(self.chosen_on)
-            # Of now: an interrupted scoring may leave binary weights in the network.
-            weights = checkpoints.plain_state(self.model.state_dict(), copy=True)
-            state = self.training_state(distributed.all_ranks(self.totals))
-            before = self.checkpoint(self.epoch, self.latest_metrics(), state_dict=weights, training=state)
-            try:
-                self.signals.act_at_once()
-                scores = self.score(self.chosen_on)
-                self.signals.at_once = False
-                return scores
-            except Interrupted:
-                self._write_last(before)
-                raise
-        except ValueError:  # the outputs are NaN though each weight is finite
-            self._diverged()
-
-    def _named_groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                yield group.get("name", "lr"), group
-
-    def _epoch_line(self, row: dict[str, float], left: str) -> str:
-        """At most 80 columns. Images/s stand in metrics.csv and, on a terminal, in the bar."""
-        where, epochs = self.chosen_on, self.run.args.epochs
-        flips = f"  flips {row['flipped']:.1f}%" if "flipped" in row else ""
-        return (
-            f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['train_loss']:.3f}  "
-            f"train {row['train_accuracy']:.1f}%  {where} {row[f'{where}_accuracy']:.2f}%{flips}  {left} left"
-        )
+            return self.score(split)
+        except ValueError as error:  # the outputs are NaN though each weight is finite
+            raise self.diverged() from error
 
     def write_records(self, *, always: bool = False) -> None:
-        if not distributed.is_writer() or not self.history:
+        """Write metrics.csv and, now and then or `always`, training_curves.png."""
+        if not distributed.is_writer():
             return
         self.run.check_folder()
         write_metrics(self.run.folder, self.history)
@@ -460,57 +288,76 @@ class Trainer:
             draw_curves(self.run.folder, self.history, f"{self.run.args.arch}, {how}")
             self._curves_drawn = time.perf_counter()
 
-    def farewell(self) -> str:
-        """What to say after a signal."""
-        last = self.run.folder / LAST
-        if self.saved is None or not last.exists():
-            return "Stopped before the first step; nothing was saved."
-        self.write_records(always=True)
-        epochs, steps = self.saved
-        return (
-            f"Stopped. {last} holds {epochs} of {self.run.args.epochs} epochs and {steps} of "
-            f"{self.loader.steps_per_epoch} steps. Go on with: {self.run.resume_command()}"
-        )
-
-    # -- the end -------------------------------------------------------------------------------------------
-
     def finish(self) -> None:
         """Score the final and the best epoch on the test set, and write what is not there yet."""
         run = self.run
-        self.signals.act_at_once()  # all that follows can be done again from checkpoint_last.pth
-        if distributed.is_writer():
-            self._write_where_it_differs(BEST, self._best_content())
-            self._write_where_it_differs(FINAL, self.checkpoint(self.epoch, self.latest_metrics()))
+        self.save(FINAL, self.checkpoint(self.epoch, self.history[-1]))
         self.write_records(always=True)
-        final = self._score_at_the_end()
-        run.say(f"\nFinal epoch ({self.epoch}), {FINAL}, on {final.images:,} test images:")
-        run.say(final.accuracy_line())
+        final = self._score("test")
+        run.print_once(f"\nFinal epoch ({self.epoch}), {FINAL}, on {final.images:,} test images:")
+        run.print_once(final.accuracy_line())
         how = (
             "on the test set itself, so this figure is optimistic"
             if self.chosen_on == "test"
             else "on held-out images"
         )
-        run.say(f"Best epoch ({self.best['epoch']}), {BEST}, chosen {how}:")
+        run.print_once(f"Best epoch ({self.best['epoch']}), {BEST}, chosen {how}:")
         self.model.load_state_dict(self.best["state_dict"])
-        run.say(self._score_at_the_end().accuracy_line())
+        run.print_once(self._score("test").accuracy_line())
+        script = "eval.py" if run.kind == "float" else "eval_binarized.py"
+        run.print_once(f"\nNext: python3 {script} {cli.as_typed(run.folder / BEST)}")
 
-    def _score_at_the_end(self) -> Scores:
-        try:
-            return self.score("test")
-        except ValueError as error:  # of weights that a file has brought: training would have stopped before
-            raise UserError(f"{self.run.folder / LAST}: {reason(error)}; the weights in it are of no use") from error
+    def interrupt_message(self) -> str:
+        """What to say after a signal."""
+        last = self.run.folder / LAST
+        if not self.epoch:
+            return "Stopped in the first epoch: nothing is saved yet; start again without --resume."
+        return (
+            f"Stopped. {last} holds {self.epoch} of {self.run.args.epochs} epochs. "
+            f"Go on with: {self.run.resume_command()}"
+        )
 
-    def _write_where_it_differs(self, name: str, content: dict[str, Any]) -> None:
-        """A file that is missing, damaged, or left by an epoch that a resumed run has done again."""
-        path = self.run.folder / name
-        try:
-            found, _ = checkpoints.read(path)
-            same = isinstance(found, dict) and found.get("checksum") == checkpoints.digest(content)
-        except UserError:
-            same = False
-        if not same:
-            self.run.check_folder()
-            checkpoints.save(path, content)
+    # -- what is shown -------------------------------------------------------------------------------------
+
+    def _bar(self) -> tqdm:
+        return tqdm(
+            total=self.loader.steps_per_epoch,
+            desc=f"epoch {self.epoch + 1}/{self.run.args.epochs}",
+            leave=False,
+            disable=not (sys.stderr.isatty() and distributed.is_writer()),
+            bar_format="{desc} |{bar}|",
+            dynamic_ncols=True,
+        )
+
+    def _show(self, bar: tqdm) -> None:
+        loss, accuracy, count = _means(self.totals)
+        if not math.isfinite(loss):
+            raise self.diverged()
+        speed = count * distributed.world_size() / max(self.seconds, 1e-9)
+        bar.set_description_str(
+            f"epoch {self.epoch + 1}/{self.run.args.epochs}  loss {loss:.3f}  acc {accuracy:.1f}%  "
+            f"{speed:,.0f} images/s  {self._time_left()} left"
+        )
+
+    def _time_left(self) -> str:
+        per_epoch = self.seconds * self.loader.steps_per_epoch / self.steps_done if self.steps_done else self.seconds
+        left = (self.run.args.epochs - self.epoch) * (per_epoch + self.scoring_seconds)
+        return tqdm.format_interval(left - self.seconds if self.steps_done else left)
+
+    def _epoch_line(self, row: dict[str, float]) -> str:
+        """At most 80 columns. Images/s stand in metrics.csv and, on a terminal, in the bar."""
+        where, epochs = self.chosen_on, self.run.args.epochs
+        flips = f"  flips {row['flipped']:.1f}%" if "flipped" in row else ""
+        return (
+            f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['train_loss']:.3f}  "
+            f"train {row['train_accuracy']:.1f}%  {where} {row[f'{where}_accuracy']:.2f}%{flips}  "
+            f"{self._time_left()} left"
+        )
+
+
+def _means(totals: Tensor) -> tuple[float, float, float]:
+    loss, correct, count = totals.tolist()
+    return loss / max(count, 1), 100 * correct / max(count, 1), count
 
 
 def fit(
@@ -518,27 +365,34 @@ def fit(
     model: nn.Module,
     optimizers: list[Optimizer],
     loader: Loader,
-    step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    score: Callable[[str], Scores],
+    data: EvaluationData,
+    step: Step,
     *,
-    chosen_on: str = "test",
-    watch: EpochWatch | None = None,
-    about: dict[str, Any] | None = None,
+    scoring: Callable[[], AbstractContextManager] = nullcontext,
+    logit_scale: float = 1.0,
+    meter: EpochMeter | None = None,
+    extra: dict[str, Any] | None = None,
 ) -> None:
     """Train `model` with `step` for the run's epochs, with everything around it, and print how it ended.
 
     model: the bare network, whose state_dict is saved; its weights are what the optimizers change.
     step: (images, labels) -> (loss, logits); does everything one step of training does, schedule apart.
-    score: the name of a split, "val" or "test", -> what the network scores on it.
-    chosen_on: the split on which the best epoch is chosen.
-    watch: measures that need a whole epoch. about: further entries for the checkpoints.
-    Raises Interrupted after Ctrl-C or SIGTERM, with everything saved; UserError where the loss is not finite.
+    data: the best epoch is chosen on its split "val", or on "test" where there is none.
+    scoring: the context in which the network is scored, for example with its weights binarized.
+    meter: measures a whole epoch. extra: further entries for the checkpoints.
+    Raises UserError where the loss is not finite; after Ctrl-C or SIGTERM Interrupted, which says what is saved.
     """
-    trainer = Trainer(run, model, optimizers, loader, step, score, chosen_on, watch, about or {})
+
+    def score(split: str) -> Scores:
+        batches = data.batches(split, run.device, distributed.rank(), distributed.world_size())
+        with scoring():
+            return evaluate(model, batches, data.count(split), logit_scale=logit_scale, progress="scoring")
+
+    chosen_on = "val" if data.count("val") else "test"
+    trainer = Trainer(run, model, optimizers, loader, step, score, chosen_on, meter, extra or {})
     try:
-        with trainer.signals:
-            trainer.train()
-            trainer.finish()
+        trainer.train()
+        trainer.finish()
     except Interrupted as stop:
-        stop.message = trainer.farewell()
+        stop.message = trainer.interrupt_message() if distributed.is_writer() else ""
         raise

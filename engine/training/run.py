@@ -10,19 +10,18 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from tqdm import tqdm
 
 from engine import checkpoints, cli, runtime
 from engine.checkpoints import BEST, FINAL, LAST
 from engine.cli import UserError, reason
-from engine.files import FolderLock, remove_leftovers, set_aside, undo_unfinished_moves
+from engine.files import FolderLock, archive, remove_leftovers
 from engine.training import distributed
 from engine.training.tracking import CURVES, METRICS
 from models import ARCHITECTURES
@@ -77,14 +76,13 @@ def add_training_options(parser: cli.ArgumentParser, *, lr: float, weight_decay:
     run.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        default=None,
-        help="torch.compile the network (default: on a GPU, where the run is long enough to repay it)",
+        help="torch.compile the network (default: on CUDA devices where it works)",
     )
     run.add_argument(
         "--precision",
         choices=("auto", *runtime.PRECISIONS),
         default="auto",
-        help="format of convolutions in training; auto: bfloat16 or float16 where the hardware has units for it",
+        help="format of convolutions in training; auto: bfloat16 where the hardware has units for it",
     )
     run.add_argument(
         "--wandb",
@@ -94,17 +92,9 @@ def add_training_options(parser: cli.ArgumentParser, *, lr: float, weight_decay:
     )
 
 
-def parse(parser: cli.ArgumentParser) -> tuple[argparse.Namespace, set[str]]:
-    """The parsed options, and the names of those given on the command line."""
-    args = parser.parse_args()
-    unset = object()
-    given = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
-    return args, {name for name, value in vars(given).items() if value is not unset}
-
-
 @dataclass
 class Run:
-    """One training run: its options, its machine, its folder, and what it resumes. To be made with `start`."""
+    """One training run. To be made with `start`. Its args are resolved: no option is left to be chosen."""
 
     args: argparse.Namespace
     device: torch.device
@@ -112,11 +102,6 @@ class Run:
     kind: str  # of the weights that are saved: "float" or "latent"
     resumed: checkpoints.Checkpoint | None
     lock: FolderLock | None
-    _: KW_ONLY
-    given: frozenset[str] = frozenset()  # names of the options on the command line
-    precision: str = "float32"
-    compiled: bool = False
-    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
 
     @classmethod
     def start(cls, parser: cli.ArgumentParser, kind: str) -> Run:
@@ -124,39 +109,37 @@ class Run:
         runtime.silence_compiler()
         runtime.keep_freed_memory()
         distributed.start()
-        with distributed.one_message():
-            return cls._start(parser, kind)
-
-    @classmethod
-    def _start(cls, parser: cli.ArgumentParser, kind: str) -> Run:
-        args, given = parse(parser)
-        device = distributed.own_device(cli.select_device(args.device, args.threads))
+        args = parser.parse_args()
         if args.resume == "" and not args.output_dir.exists():
             raise UserError(f"--resume: there is no {args.output_dir / LAST}; start without --resume")
         folder = cli.prepare_output_dir(args.output_dir)
         lock = FolderLock(folder) if distributed.is_writer() else None
-        if lock:  # before the checkpoint is read: it may be among what is put back
+        if lock:
             remove_leftovers(folder, (*RUN_FILES, cli.PROBE), sole_writer=True)
-            undo_unfinished_moves(folder)
-        distributed.barrier()
         resumed = None
         if args.resume is not None:
             resumed = _load_resumable(Path(args.resume) if args.resume else folder / LAST, kind)
-            _adopt_options(parser, args, given, resumed)
+            args = _adopt_options(parser, resumed)
+        device = distributed.own_device(cli.select_device(args.device, args.threads))
         if args.batch_size % distributed.world_size():
             raise UserError(
                 f"--batch-size {args.batch_size} cannot be shared by {distributed.world_size()} processes"
             )
-        run = cls(args, device, folder, kind, resumed, lock, given=frozenset(given))
-        run.precision = _precision(args, device, resumed)
-        run.scaler = runtime.gradient_scaler(run.precision, device)
-        distributed.agree(f"{plain_options(args)} {run.precision}", "their options or precision")
+        args.precision = runtime.choose_precision(args.precision, device)
+        args.compile, notice = runtime.choose_compile(args.compile, device)
+        distributed.agree(f"{plain_options(args)}", "their options, precision or mode")
         distributed.agree(resumed.sha256 if resumed else "", "the checkpoint they resume")
+        run = cls(args, device, folder, kind, resumed, lock)
+        if notice:
+            run.print_once(notice)
         return run
 
     def resumes_its_own_folder(self) -> bool:
         """Whether the checkpoint that is resumed is this folder's own: the files beside it are then of this run."""
-        return self.resumed is not None and _place(self.resumed.path) == _place(self.folder / LAST)
+        if self.resumed is None:
+            return False
+        path, own = self.resumed.path, self.folder / LAST  # the file may be a link: what lies beside it matters
+        return (os.path.realpath(path.parent), path.name) == (os.path.realpath(own.parent), own.name)
 
     def resume_command(self) -> str:
         """What to type to go on with this run: with those options of now that its checkpoint does not hold."""
@@ -164,9 +147,9 @@ class Run:
         start = "python3" if processes == 1 else f"torchrun --nproc_per_node={processes}"
         words = [start, cli.as_typed(sys.argv[0]), "--resume"]
         for name in PLACE_OPTIONS:
-            value = getattr(self.args, name)
-            if name in self.given:
-                words += [f"--{name.replace('_', '-')}", cli.as_typed(value)]
+            option = f"--{name.replace('_', '-')}"
+            if any(word.split("=")[0] == option for word in sys.argv):
+                words += [option, cli.as_typed(getattr(self.args, name))]
         return " ".join(words)
 
     def check_folder(self) -> None:
@@ -174,22 +157,22 @@ class Run:
         if self.lock:
             self.lock.check()
 
-    def make_room(self) -> None:
+    def archive_previous_run(self) -> None:
         """Move the files of an earlier run in this folder aside; a teacher among them is then found there."""
         if not distributed.is_writer():
             return
         self.check_folder()
-        moved = set_aside(self.folder, RUN_FILES)
+        moved = archive(self.folder, RUN_FILES)
         if not moved:
             return
-        self.say(f"The files of the previous run were moved to {moved}.")
-        teacher = getattr(self.args, "teacher", None)
+        self.print_once(f"The files of the previous run were moved to {moved}.")
+        teacher = self.args.teacher
         if teacher and not teacher.exists() and (moved / teacher.name).exists():
             self.args.teacher = moved / teacher.name
 
-    def say(self, text: str = "") -> None:
-        """Print one line, in the writing process only."""
-        if distributed.is_writer() and text is not None:
+    def print_once(self, text: str = "") -> None:
+        """Print one line, in the writing process only, above the progress bar."""
+        if distributed.is_writer():
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
@@ -200,116 +183,69 @@ class Run:
         weights = sum(layer.weight.numel() for _, layer in weight_layers(model))
         binary = f", {weights:,} of them binary" if self.kind == "latent" else ""
         several = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
-        mode = "compiled" if self.compiled else "eager"
-        self.say(f"{args.arch}: {total:,} parameters{binary}")
-        self.say(f"data: {train_images:,} training images, scored on {scored_on}")
-        self.say(f"run: {args.epochs} epochs of batches of {args.batch_size}, seed {args.seed}, into {self.folder}/")
-        self.say(f"machine: {runtime.describe(self.device)}{several}, {self.precision}, {mode}")
-        if runtime.may_be_emulated(self.precision, self.device):
-            self.say("Note: neither AMX nor AVX-512 BF16 found: bfloat16 may be emulated, many times slower.")
+        mode = "compiled" if args.compile else "eager"
+        self.print_once(f"{args.arch}: {total:,} parameters{binary}")
+        self.print_once(f"data: {train_images:,} training images, scored on {scored_on}")
+        self.print_once(
+            f"run: {args.epochs} epochs of batches of {args.batch_size}, seed {args.seed}, into {self.folder}/"
+        )
+        self.print_once(f"machine: {runtime.describe(self.device)}{several}, {args.precision}, {mode}")
+        if runtime.may_be_emulated(args.precision, self.device):
+            self.print_once("Note: neither AMX nor AVX-512 BF16 found: bfloat16 may be emulated, many times slower.")
 
     def autocast(self) -> AbstractContextManager[None]:
-        return runtime.autocast(self.precision, self.device)
+        return runtime.autocast(self.args.precision, self.device)
 
-    def backward(self, loss: Tensor, images: int) -> None:
-        """loss.backward(), for a loss that is the mean over this process's `images` images.
-
-        The loss is weighted for the average over processes, and scaled where float16 gradients would vanish.
-        """
-        self.scaler.scale(loss * distributed.gradient_share(images)).backward()
-
-    def step(self, *optimizers: Optimizer) -> None:
-        """optimizer.step() of each, with gradients scaled back where `backward` scaled them."""
-        for optimizer in optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
-
-    def place(self, model: nn.Module) -> nn.Module:
+    def to_device(self, model: nn.Module) -> nn.Module:
         """Move a network to the device, in the memory format that is fastest there."""
         return model.to(self.device, memory_format=torch.channels_last)
 
-    def wrap(self, network: nn.Module, train_images: int) -> Callable[[Tensor], Tensor]:
+    def compile_and_parallelize(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
         """The network as the step calls it: over several processes and compiled, where that is wanted.
 
         Compiled with static shapes, for full batches. The short last batch of an epoch takes the plain network:
         compiling a second time for it would take longer than it saves.
         """
-        args = self.args
-        was = self.resumed.raw["training"]["compiled"] if self.resumed else None
-        self.compiled, notice = runtime.choose_compile(args.compile, self.device, train_images * args.epochs, was=was)
-        if notice:
-            self.say(notice)
         plain = distributed.data_parallel(network, self.device)
-        if not self.compiled:
+        if not self.args.compile:
             return plain
-        full = args.batch_size // distributed.world_size()
+        full = self.args.batch_size // distributed.world_size()
         compiled = torch.compile(plain, dynamic=False)
         return lambda images: (compiled if len(images) == full else plain)(images)
 
 
-def _place(path: Path) -> tuple[str, str]:
-    """Folder and name. The file may be a link to another folder's, but what lies beside it is what matters."""
-    return os.path.realpath(path.parent), path.name
-
-
-def _precision(args: argparse.Namespace, device: torch.device, resumed: checkpoints.Checkpoint | None) -> str:
-    """The precision to train in; a resumed run keeps its own. Raises UserError where the device does not have it."""
-    if not resumed:
-        return runtime.choose_precision(args.precision, device)
-    precision = resumed.raw["training"]["precision"]
-    if precision == "float16" and device.type != "cuda":
-        raise UserError(f"{resumed.path}: was run in float16, which is for CUDA devices only; resume it on one")
-    return precision
-
-
 def _load_resumable(path: Path, kind: str) -> checkpoints.Checkpoint:
     loaded = checkpoints.load(path)
-    training = loaded.raw.get("training")
-    if not isinstance(training, dict):
+    if not isinstance(loaded.raw.get("training"), dict):
         raise UserError(f"{path}: holds weights but no training state; --resume needs a {LAST}")
     if loaded.kind != kind:
         other = {"float": "main.py", "latent": "main_binary.py"}.get(loaded.kind, "another script")
         raise UserError(f"{path}: its weights are {loaded.kind!r}: it is a run of {other}; resume it with that")
-    if training.get("precision") not in list(runtime.PRECISIONS) or not isinstance(training.get("compiled"), bool):
-        raise UserError(f"{path}: does not say in which precision and mode it was run; use another copy")
     return loaded
 
 
-def _adopt_options(
-    parser: cli.ArgumentParser, args: argparse.Namespace, given: set[str], resumed: checkpoints.Checkpoint
-) -> None:
-    """Take the options of the run that is resumed. Raises UserError for one given now that contradicts it."""
-    unknown = [name for name in resumed.config if name in FREE_OPTIONS or name not in vars(args)]
-    if unknown:
-        raise UserError(f"{resumed.path}: its options are not those of this script: {unknown[0]!r} is none")
+def _adopt_options(parser: cli.ArgumentParser, resumed: checkpoints.Checkpoint) -> argparse.Namespace:
+    """The command line once more, with the options of the run that is resumed as defaults.
+
+    Raises UserError for an option given now that contradicts the run.
+    """
+    recorded = resumed.config
     try:
-        before = parser.parse_args(_as_arguments(resumed.config, parser))  # holds them to the same rules
-    except UserError as error:
+        if recorded.keys() != plain_options(parser.parse_args()).keys():
+            raise UserError("other options")
+        parser.adopt_defaults(recorded)
+        args = parser.parse_args()
+    except UserError as error:  # of the file: the command line was parsed without one before
         raise UserError(f"{resumed.path}: its options are not those of this script: {reason(error)}") from error
-    training = resumed.raw["training"]
-    became = {"compile": training["compiled"], "precision": training["precision"]}  # of a choice left to the script
-    for name, value in vars(args).items():
-        recorded = getattr(before, name)
-        if name in FREE_OPTIONS or (name == "teacher" and name in given and recorded):  # whose content is compared
-            continue
-        if name in given and value not in (recorded, became.get(name, recorded)):
+    for name, value in plain_options(args).items():
+        if name == "teacher" and value and recorded[name]:
+            continue  # the file may have another name now: its content is compared when it is loaded
+        if value != recorded[name]:
             raise UserError(
                 f"{_in_words(name, value)} contradicts {resumed.path}, which was run with "
-                f"{_in_words(name, became.get(name, recorded))}; leave it out, or start a new run"
+                f"{_in_words(name, recorded[name])}; leave it out, or start a new run"
             )
-        setattr(args, name, recorded)
-
-
-def _as_arguments(options: dict[str, Any], parser: cli.ArgumentParser) -> list[str]:
-    """Options as `plain_options` gives them, as the command line that says the same."""
-    arguments = []
-    for name, value in options.items():
-        if isinstance(value, bool):
-            if value != parser.get_default(name):
-                arguments.append(f"--{'' if value else 'no-'}{name}")
-        elif value is not None:
-            arguments.append(f"--{name.replace('_', '-')}={value}")
-    return arguments
+    return args
 
 
 def _in_words(name: str, value: Any) -> str:
@@ -329,12 +265,11 @@ def plain_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextmanager
-def closing(run: Run) -> Iterator[Run]:
+def closing_run(run: Run) -> Iterator[Run]:
     """Release the folder at the end of a run, however it ends, and leave the other processes."""
     try:
-        with distributed.one_message():
-            yield run
-        distributed.stop()  # after a failure the end of the process does that: the others may be waiting for it
+        yield run
+        distributed.stop()  # after a failure the end of the process does that
     finally:
         if run.lock:
             run.lock.release()

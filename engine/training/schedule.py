@@ -1,0 +1,33 @@
+"""The learning rate: linear warm-up, then cosine annealing to zero, step by step.
+
+Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2017, without restarts.
+Another schedule is another function here: any torch scheduler, or a chain of them, is saved and resumed.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+
+
+def warmup_steps(epochs: int, warmup_epochs: float, steps_per_epoch: int) -> int:
+    """Steps of warm-up: those of `warmup_epochs`, but a fifth of a run that is not longer than twice that."""
+    if warmup_epochs == 0 or epochs > 2 * warmup_epochs:
+        return round(warmup_epochs * steps_per_epoch)
+    return epochs * steps_per_epoch // 5
+
+
+def warmup_then_cosine(optimizer: Optimizer, total: int, warmup: int) -> LRScheduler:
+    """The factor on each group's rate is (t + 1) / (warmup + 1) for step t < warmup, then (1 + cos(pi s)) / 2.
+
+    s runs from 0 to 1 over the total - warmup steps after it. Call `.step()` once after each optimizer step.
+    """
+    cosine = CosineAnnealingLR(optimizer, T_max=total - warmup)
+    if warmup == 0:
+        return cosine
+    # In older versions of torch SequentialLR calls step() in a way that step() itself warns of.
+    warnings.filterwarnings("ignore", r"The epoch parameter in `scheduler\.step\(\)`", UserWarning)
+    linear = LinearLR(optimizer, start_factor=1 / (warmup + 1), end_factor=1.0, total_iters=warmup)
+    return SequentialLR(optimizer, [linear, cosine], milestones=[warmup])
