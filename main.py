@@ -69,7 +69,8 @@ def train(run: Run) -> None:
 
     train_step = make_train_step(run, network, optimizer, criterion)
     run.describe(model, len(data.train), data.scored_on)
-    fit(run, model, [optimizer], loader, data, train_step)
+    extra = {"teacher_sha256": teacher.sha256 if teacher else None}
+    fit(run, model, [optimizer], loader, data, train_step, extra=extra)
 
 
 def main() -> None:

@@ -84,17 +84,17 @@ def restore_generators(states: dict[str, torch.Tensor]) -> None:
         {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state, "mps": torch.mps.set_rng_state}[kind](state)
 
 
-def choose_compile(wanted: bool | None, device: torch.device) -> tuple[bool, str]:
+def choose_compile(wanted: bool | None, device: torch.device, *, required: bool) -> tuple[bool, str]:
     """Whether to compile the network, and a one-line notice if the answer needs one.
 
-    wanted: --compile, --no-compile, or None for the default: on CUDA devices where it works, not on CPUs, where it
-    was between 3 % slower and 15 % faster (benchmarks/speed.md).
-    Raises UserError where --compile is given and does not work.
+    wanted: True or False as the user or the run that is resumed has it, or None for the default: on CUDA devices
+    where it works, not on CPUs, where it was between 3 % slower and 15 % faster (benchmarks/speed.md).
+    Raises UserError where it is `required`, that is, --compile was typed, and does not work.
     """
     if wanted is False or (wanted is None and device.type != "cuda"):
         return False, ""
     error = _try_compile(device)
-    if error and wanted:
+    if error and required:
         raise UserError(f"--compile: torch.compile does not work here: {error}; leave the option out")
     return not error, f"Not compiled: torch.compile does not work here ({error})." if error else ""
 

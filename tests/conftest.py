@@ -20,6 +20,7 @@ for folder in (ROOT, ROOT / "tests"):
         sys.path.insert(0, str(folder))
 
 import data_files  # noqa: E402 - needs the path
+import runs  # noqa: E402
 import script_server  # noqa: E402
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and every process they start would too.
@@ -33,12 +34,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+STARTS_PROCESSES = {
+    "scripts",
+    "run_script",
+    "child_environment",
+}  # fixtures: who uses one of them, or a fixture of it
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--full"):
-        return
     for item in items:
-        if item.get_closest_marker("full"):
+        if item.get_closest_marker("full") and not config.getoption("--full"):
             item.add_marker(pytest.mark.skip(reason="the long form: run with --full"))
+        slow = any(item.get_closest_marker(name) for name in ("full", "real_data", "slow"))
+        if not slow and not STARTS_PROCESSES & set(item.fixturenames):
+            item.add_marker(pytest.mark.quick)
 
 
 @pytest.fixture(scope="session")
@@ -127,3 +137,37 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[script_server.
     server = script_server.ScriptServer(offline_environment(), tmp_path_factory.mktemp("scripts"))
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def finished(
+    scripts: script_server.ScriptServer, small_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """finished("main.py"): the folder of a small run of that script, not to be written to.
+
+    What the run printed is in the file beside it whose name ends in "-output".
+    """
+    made: dict[str, Path] = {}
+
+    def make(script: str) -> Path:
+        if script not in made:
+            folder = tmp_path_factory.mktemp("finished")
+            child = scripts.run(script, *runs.small_options(small_data), cwd=folder)
+            assert child.errors == ""
+            Path(f"{folder}-output").write_text(child.output)
+            made[script] = folder
+        return made[script]
+
+    return make
+
+
+@pytest.fixture
+def float_run(finished: Callable[[str], Path]) -> Path:
+    """The folder of a finished run of main.py. Not to be written to."""
+    return finished("main.py")
+
+
+@pytest.fixture
+def binary_run(finished: Callable[[str], Path]) -> Path:
+    """The folder of a finished run of main_binary.py. Not to be written to."""
+    return finished("main_binary.py")

@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from engine import checkpoints
@@ -21,6 +22,26 @@ def small_options(data: Path, *, epochs: int = 3) -> list[object]:
         *("--data-dir", data, "--limit-train", 30, "--limit-test", 20, "--batch-size", 8),
         *("--epochs", epochs, "--warmup-epochs", 1, "--wandb", "disabled", "--no-compile"),
     ]
+
+
+def resume_options(data: Path) -> list[object]:
+    """To go on with a small run in its folder."""
+    return ["--resume", "--data-dir", data, "--wandb", "disabled"]
+
+
+def run_here(module: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: object) -> None:
+    """A script's main function in this process, where its parts can be watched and replaced."""
+    arguments = [*map(str, options), "--output-dir", str(folder), "--threads", "1"]
+    monkeypatch.setattr("sys.argv", [f"{module.__name__}.py", *arguments])
+    module.main()
+
+
+def one_line(errors: str) -> str:
+    """What a mistake has left on stderr: exactly one line."""
+    lines = errors.splitlines()
+    assert len(lines) == 1, errors
+    assert lines[0].startswith("Error: ")
+    return lines[0]
 
 
 def essence(folder: Path) -> dict[str, Any]:

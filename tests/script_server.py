@@ -3,9 +3,10 @@
 Each is a real process: own working directory, environment and output, own signals, killed as any other. What it lacks
 is the time of the imports. A test can also name a moment at which the process sends itself a signal:
 
-    at=("replace", 3, "SIGKILL")     at its 3rd file operation of that kind, just before it is done
-    at=("half-written", 1, "SIGKILL") with the first half of a file written
-    at=("engine.evaluate.evaluate", 1, "SIGINT")  when that function is called for the first time
+    at=("replace", 3, "SIGKILL")       at its 3rd file operation of that kind, just before it is done
+    at=("half-written", 1, "SIGKILL")  with the first half of a file written
+    at=("step", 6, "SIGINT")           in its 6th training step, before the backward pass: see MOMENTS
+    at=("cifar10.load", 1, "SIGINT")   when the function of that name is called for the first time
 
 or, with the name of an errno in the place of the signal's, at which an operation fails; or with "5000 bytes", at
 which the process takes so much memory more.
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+MOMENTS = {"step": "torch.Tensor.backward", "scoring": "torch.bincount"}  # by what names of torch they are known
 IMPORTED_LATE = ("matplotlib.backends.backend_agg", "matplotlib.figure", "torch._dynamo")
 
 
@@ -259,7 +261,7 @@ def _arm(moment: str, number: int, name: str) -> None:
             elif operation != "file operation":
                 setattr(os, operation, before(getattr(os, operation)))
         return
-    owner, attribute = _resolve(moment)
+    owner, attribute = _resolve(MOMENTS.get(moment, moment))
     original = getattr(owner, attribute)
     replacement = before(original)
     setattr(owner, attribute, replacement)

@@ -1,144 +1,76 @@
-"""torch.compile: where it is used, what is said where it is not, and that a compiled run is resumed bit for bit."""
+"""torch.compile: where it is used, what is said where it does not work, and that a compiled run resumes bit for bit."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Callable
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from networks import save_checkpoint
+from runs import differences, essence, one_line, resume_options
+from script_server import ScriptServer
 
-from engine import runtime
+from engine import checkpoints, runtime
+from engine.checkpoints import LAST
 from engine.cli import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
-GPU = torch.device("cuda")
-CPU = torch.device("cpu")
-LONG_RUN = runtime.COMPILE_PAYS_FROM_IMAGES
-
-# Stops a run between two steps in the middle of its second epoch.
-STOPPING = """
-import os, runpy, signal, sys
-sys.path.insert(0, sys.argv.pop(1))
-from engine.training.loop import Trainer
-count = Trainer._count
-def count_and_stop(self, *step):
-    count(self, *step)
-    if (self.epoch, self.steps_done) == (1, 1):
-        os.kill(os.getpid(), signal.SIGTERM)
-Trainer._count = count_and_stop
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment in which all compiled runs share one cache: the first one fills it."""
-    return {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor"))}
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("T")
 
 
-def test_compiled_run_is_resumed_bit_for_bit(
-    tmp_path: Path,
-    small_data: Path,
-    cache: dict[str, str],
-    child_environment: dict[str, str],
-    run_script: Callable[..., subprocess.CompletedProcess[str]],
-) -> None:
-    """250 images in batches of 64: the short batch at the end of an epoch must not change how the others are
-    computed, which a run resumed after it would not repeat. With a teacher, which is not compiled."""
-    teacher = save_checkpoint(tmp_path / "teacher.pth", "float")
-    options = ["--data-dir", str(small_data), "--wandb", "disabled"]
-    fresh = [*options, "--epochs", "3", "--batch-size", "64", "--compile", "--teacher", str(teacher)]
-    straight = run_script(
-        "main_binary.py",
-        *fresh,
-        "--output-dir",
-        tmp_path / "straight",
-        cwd=tmp_path,
-        env=cache,
-        check=False,
-        timeout=600,
-    )
-    if "--compile: torch.compile does not work here" in straight.stderr:
+def test_a_compiled_run_is_resumed_bit_for_bit(scripts: ScriptServer, small_data: Path, tmp_path: Path) -> None:
+    """The short batch at the end of an epoch must not change how the others are computed, which a run resumed after
+    it would not repeat. The folder is copied while the run, in its second epoch, stands still."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    whole.mkdir()
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    options = ["--data-dir", small_data, "--limit-train", 90, "--limit-test", 20, "--batch-size", 32, "--epochs", 2]
+    options += ["--compile", "--wandb", "disabled"]
+    child = scripts.start("main_binary.py", *options, cwd=whole, env=cache, at=("step", 5, "SIGSTOP"))
+    if not child.wait_until(lambda: is_stopped(child.pid)):
+        assert "--compile" in one_line(child.errors)
         pytest.skip("torch.compile does not work here")
-    assert straight.returncode == 0, straight.stderr
-    assert ", compiled" in straight.stdout
-
-    script, folder = str(ROOT / "main_binary.py"), tmp_path / "stopped"
-    stopped = subprocess.run(
-        [sys.executable, "-c", STOPPING, str(ROOT), script, *fresh, "--output-dir", str(folder)],
-        env=child_environment | cache,
-        capture_output=True,
-        encoding="utf-8",
-    )
-    assert stopped.returncode == 143, stopped.stderr
-    (folder / "copy.pth").write_bytes((folder / "checkpoint_last.pth").read_bytes())
-    resumed = run_script(
-        "main_binary.py", "--resume", *options, "--output-dir", folder, cwd=tmp_path, env=cache, timeout=600
-    )
-    assert "after its step 2" in resumed.stdout
-
-    files = [torch.load(path / "final_model.pth", weights_only=True) for path in (tmp_path / "straight", folder)]
-    assert all(torch.equal(value, files[1]["state_dict"][name]) for name, value in files[0]["state_dict"].items())
-    assert files[0]["metrics"]["train_loss"] == files[1]["metrics"]["train_loss"]
-
-    # Where the compiler has gone, the run goes on without it and says so.
-    without = {"CXX": os.devnull, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "empty")}
-    options += ["--output-dir", str(tmp_path / "elsewhere")]
-    eager = run_script("main_binary.py", "--resume", folder / "copy.pth", *options, cwd=tmp_path, env=without)
-    notices = [line for line in eager.stdout.splitlines() if "torch.compile does not work" in line]
-    assert len(notices) == 1
-    assert notices[0].startswith("Not compiled any more")
-    assert "eager" in eager.stdout
+    shutil.copytree(whole, part)
+    child.send(signal.SIGCONT)
+    assert child.wait() == 0, child.errors
+    assert ", compiled" in child.output
+    assert checkpoints.load(part / LAST).epoch == 1
+    child = scripts.run("main_binary.py", *resume_options(small_data), cwd=part, env=cache)
+    assert ", compiled" in child.output
+    assert differences(essence(part), essence(whole)) == []
 
 
-def test_asked_for_without_a_compiler(
-    tmp_path: Path, small_data: Path, run_script: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_asked_for_without_a_compiler(scripts: ScriptServer, small_data: Path, tmp_path: Path) -> None:
     """Found out by compiling: the compiler that is named here exists and compiles nothing."""
     without = {"CXX": os.devnull, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "empty")}
-    done = run_script(
-        "main.py",
-        "--data-dir",
-        small_data,
-        "--compile",
-        "--wandb",
-        "disabled",
-        cwd=tmp_path,
-        env=without,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("Error: --compile: torch.compile does not work here")
-    assert len(done.stderr.splitlines()) == 1
+    options = ["--data-dir", small_data, "--compile", "--wandb", "disabled"]
+    child = scripts.run("main.py", *options, cwd=tmp_path, env=without, expect=2)
+    assert "--compile" in one_line(child.errors)
 
 
 def test_decision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tried only where it would be used; used by default on a GPU only, where it works and the run is long."""
+    """Tried only where it would be used, and used by default on a GPU only."""
     tried: list[torch.device] = []
     monkeypatch.setattr(runtime, "_try_compile", lambda device: tried.append(device) or "")
-    assert runtime.choose_compile(False, GPU, LONG_RUN) == (False, "")
-    assert runtime.choose_compile(None, CPU, LONG_RUN) == (False, "")
-    assert runtime.choose_compile(None, GPU, LONG_RUN, was=False) == (False, "")
-    short, notice = runtime.choose_compile(None, GPU, LONG_RUN - 1)
-    assert not short
-    assert "too short" in notice
+    assert runtime.choose_compile(False, GPU, required=False) == (False, "")
+    assert runtime.choose_compile(None, CPU, required=False) == (False, "")
     assert not tried
-    assert runtime.choose_compile(None, GPU, LONG_RUN) == (True, "")
-    assert runtime.choose_compile(True, CPU, 1) == (True, "")
-    assert runtime.choose_compile(None, CPU, 1, was=True) == (True, "")
-    assert len(tried) == 3
+    assert runtime.choose_compile(None, GPU, required=False) == (True, "")
+    assert runtime.choose_compile(True, CPU, required=True) == (True, "")
+    assert tried == [GPU, CPU]
 
 
 def test_decision_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line says so, also of a run that was compiled elsewhere; an error is it only where --compile was typed."""
     monkeypatch.setattr(runtime, "_try_compile", lambda device: "no compiler")
-    compiled, notice = runtime.choose_compile(None, GPU, LONG_RUN)
-    assert not compiled
-    assert notice == "Not compiled: torch.compile does not work here (no compiler)."
+    for wanted, device in ((None, GPU), (True, CPU)):
+        compiled, notice = runtime.choose_compile(wanted, device, required=False)
+        assert not compiled
+        assert "no compiler" in notice
     with pytest.raises(UserError, match=r"--compile: .*no compiler"):
-        runtime.choose_compile(True, CPU, LONG_RUN)
+        runtime.choose_compile(True, CPU, required=True)

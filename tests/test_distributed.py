@@ -22,18 +22,19 @@ from torch.nn import functional as F
 import cifar10
 import main
 import main_binary
-from engine.cli import Interrupted, UserError, as_typed
+from engine import checkpoints
+from engine.checkpoints import LAST
+from engine.cli import as_typed
 from engine.files import FolderLock
-from engine.training import distributed
-from engine.training.loop import make_schedulers
+from engine.training.schedule import warmup_steps, warmup_then_cosine
 from models import BC, build
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-# 249 images in batches of 64: the last batch has 57, shards of 28 and 29.
-OPTIONS = ["--epochs", "2", "--batch-size", "64", "--limit-train", "249", "--seed", "3"]
+# Four steps an epoch, the last one of 50 images: every process has 32 of a batch, then 25.
+OPTIONS = ["--epochs", "2", "--batch-size", "64", "--limit-train", "242", "--seed", "3"]
 OPTIONS += ["--precision", "float32", "--no-compile", "--wandb", "disabled"]
-BINARY_OPTIONS = [*OPTIONS, "--stochastic", "--optimizer", "sgd"]
+BINARY_OPTIONS = [*OPTIONS, "--stochastic"]
 
 
 def command(script: str, folder: Path, data: Path, *options: str) -> list[str]:
@@ -89,21 +90,20 @@ class OneProcess:
 
     def train(self, optimizers: list, before: Callable[[], None], after: Callable[[], None], scale: float) -> None:
         """before and after: what surrounds the two backward passes; the steps of the optimizers come in between."""
-        run = SimpleNamespace(args=self.args, say=print, resumed=None)
-        schedulers = make_schedulers(run, optimizers, self.loaders[0].steps_per_epoch)
-        for epoch in range(self.args.epochs):
+        epochs, steps = self.args.epochs, self.loaders[0].steps_per_epoch
+        warmup = warmup_steps(epochs, self.args.warmup_epochs, steps)
+        schedulers = [warmup_then_cosine(optimizer, epochs * steps, warmup) for optimizer in optimizers]
+        for epoch in range(epochs):
             self.loss_sum.zero_()
             for halves in zip(*(loader.epoch(epoch) for loader in self.loaders), strict=True):
                 for optimizer in optimizers:
                     optimizer.zero_grad()
                 before()
-                whole = sum(len(labels) for _, labels in halves)
                 for own, (images, labels) in zip(self.statistics, halves, strict=True):
                     self._swap(own)
                     logits = scale * self.model(images)
-                    share = 2 * len(labels) / whole
                     loss = F.cross_entropy(logits, labels, label_smoothing=self.args.label_smoothing)
-                    (loss * share / 2).backward()  # the second gradient is added to the first
+                    (loss / 2).backward()  # the second gradient is added to the first
                     self.loss_sum += loss.detach() * len(labels)
                     self._swap(own)
                 after()
@@ -138,7 +138,7 @@ def check_against(reference: OneProcess, folder: Path) -> None:
     with open(folder / "metrics.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2
-    assert float(rows[-1]["train_loss"]) == pytest.approx(float(reference.loss_sum) / 248, rel=1e-4)
+    assert float(rows[-1]["train_loss"]) == pytest.approx(float(reference.loss_sum) / 242, rel=1e-4)
     assert float(rows[-1]["test_images"]) == 100
 
 
@@ -156,9 +156,10 @@ def test_full_precision_equals_one_process(float_run: tuple[Path, str], small_da
 @pytest.mark.usefixtures("one_thread")
 def test_binaryconnect_equals_one_process(binary_run: tuple[Path, str], small_data: Path) -> None:
     reference = OneProcess(main_binary, small_data, BINARY_OPTIONS)
+    reference.args.latent_lr = main_binary.LATENT_LR["muon"]
     bc = BC(reference.model, stochastic=True)
     bc.clip()
-    optimizers = main_binary.make_optimizers(reference.args, bc)
+    optimizers = main_binary.make_optimizers(SimpleNamespace(args=reference.args), bc)
 
     def step_on_latent_weights() -> None:
         bc.restore()
@@ -211,7 +212,7 @@ def test_stop_and_resume(
     child_environment: dict[str, str],
     run_script: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
-    """A signal to torchrun ends both processes with everything saved; resumed, nothing shows that it happened."""
+    """A signal to torchrun ends both processes; resumed, nothing shows that it happened."""
     process = subprocess.Popen(
         command("main_binary.py", tmp_path, small_data, *BINARY_OPTIONS),
         env=child_environment,
@@ -227,12 +228,11 @@ def test_stop_and_resume(
     assert process.returncode != 0
     go_on = f"Go on with: torchrun --nproc_per_node=2 {as_typed(ROOT / 'main_binary.py')} --resume"
     assert errors.count(go_on) == 1, errors
-    state = load(tmp_path / "checkpoint_last.pth")["training"]
-    assert (state["epoch"], len(state["totals"])) == (1, 2)
+    assert load(tmp_path / LAST)["epoch"] == 1
 
     alone = run_script("main_binary.py", "--resume", "--data-dir", small_data, cwd=tmp_path, check=False)
     assert alone.returncode == 2
-    assert "is a run of 2 processes" in alone.stderr
+    assert f"{LAST}: is a run of 2 processes" in alone.stderr
 
     output = launch("main_binary.py", tmp_path, small_data, child_environment, "--resume", "--wandb", "disabled")
     assert output.count("Resuming") == 1
@@ -241,49 +241,10 @@ def test_stop_and_resume(
     assert resumed["metrics"]["train_loss"] == straight["metrics"]["train_loss"]
 
 
-def test_a_signal_does_not_take_the_line_of_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun sends SIGTERM once another process has ended, while this one, its connection lost, says so."""
-
-    class Store:
-        def add(self, _key: str, _amount: int) -> int:
-            os.kill(os.getpid(), signal.SIGTERM)
-            return 1
-
-    def interrupt(signum: int, _frame: object) -> None:
-        raise Interrupted(signum)
-
-    monkeypatch.setattr(distributed, "_store", Store())
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with pytest.raises(UserError, match="why"), distributed.one_message():
-            raise UserError("why")
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (RuntimeError("[gloo/pair.cc:1] Connection closed by peer [127.0.0.1]:2"), UserError),
-        (RuntimeError("[gloo/pair.cc:1] Read error [127.0.0.1]:2: Connection reset by peer"), UserError),
-        (RuntimeError("[gloo/pair.cc:1] writev [127.0.0.1]:2: Broken pipe"), UserError),
-        (RuntimeError("a size that does not match"), RuntimeError),
-        (BrokenPipeError(32, "Broken pipe"), BrokenPipeError),  # nobody reads the output
-    ],
-)
-def test_a_lost_connection_is_told_from_other_errors(
-    error: Exception, expected: type[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
-    with pytest.raises(expected) as raised, distributed.one_message():
-        raise error
-    assert ("another process has ended" in str(raised.value)) == (expected is UserError)
-
-
 def test_an_error_in_one_process_ends_all(
     tmp_path: Path, small_data: Path, child_environment: dict[str, str]
 ) -> None:
+    """Within a minute, with the line that says why; the others may say something too."""
     started = time.monotonic()
     with FolderLock(tmp_path):  # only the writer asks for it
         done = subprocess.run(
@@ -294,10 +255,7 @@ def test_an_error_in_one_process_ends_all(
             timeout=120,
         )
     assert done.returncode != 0
-    ours = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(ours) == 1, done.stderr
-    assert "another run is using this folder" in ours[0]
-    assert 'main.py", line' not in done.stderr  # no traceback of ours
+    assert re.search(rf"^Error: {re.escape(str(tmp_path))}: ", done.stderr, re.MULTILINE), done.stderr
     assert time.monotonic() - started < 60
 
 
@@ -332,10 +290,8 @@ def test_a_signal_ends_the_wait_for_the_others(
         process.communicate()
 
 
-def test_the_end_of_another_process_is_one_line(
-    tmp_path: Path, small_data: Path, child_environment: dict[str, str]
-) -> None:
-    """As when the system, out of memory, has killed it."""
+def test_the_end_of_one_process_ends_all(tmp_path: Path, small_data: Path, child_environment: dict[str, str]) -> None:
+    """As when the system, out of memory, has killed it. What is saved stays good."""
     process = subprocess.Popen(
         command("main.py", tmp_path, small_data, *OPTIONS[2:], "--epochs", "500"),
         env=child_environment,
@@ -346,16 +302,11 @@ def test_the_end_of_another_process_is_one_line(
     try:
         assert any(line.startswith("epoch") for line in process.stdout)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        ranks = {
-            int(re.search(rb"\0RANK=(\d+)\0", Path(f"/proc/{child}/environ").read_bytes())[1]): int(child)
-            for child in children
-            if b"\0RANK=" in Path(f"/proc/{child}/environ").read_bytes()
-        }
-        os.kill(ranks[1], signal.SIGKILL)
-        _, errors = process.communicate(timeout=60)
+        environments = {int(child): Path(f"/proc/{child}/environ").read_bytes() for child in children}
+        (second,) = (child for child, environment in environments.items() if b"\0RANK=1\0" in environment)
+        os.kill(second, signal.SIGKILL)
+        process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode != 0
-    assert "Error: another process has ended; start all of them again, with --resume" in errors
-    assert errors.count("Error: ") == errors.count("ChildFailedError: ") + 1, errors  # torchrun's, and ours
-    assert "engine/" not in errors, errors  # no traceback of ours
+    assert checkpoints.load(tmp_path / LAST).epoch >= 1

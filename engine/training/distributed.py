@@ -7,9 +7,11 @@ saved.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import inspect
 import os
+import signal
 import sys
 
 import torch
@@ -28,6 +30,8 @@ def start() -> None:
         return
     # gloo carries what concerns the host alone, also beside nccl.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    # Waiting for the others is C++, in which Python's handlers do not run: a signal then ends the process itself.
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         dist.init_process_group(backend)
     except (ValueError, RuntimeError) as error:
@@ -35,14 +39,18 @@ def start() -> None:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the other processes cannot be joined ({reason(error)}); "
             "start several processes with torchrun"
         ) from error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if not is_writer():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open to the end of the process
 
 
 def stop() -> None:
-    """Leave the other processes."""
+    """Leave the other processes. The threads of the process group end with its last reference."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()  # DistributedDataParallel holds the group too, in a reference cycle
 
 
 def rank() -> int:

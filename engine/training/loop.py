@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from engine import checkpoints, cli, runtime
+from engine import checkpoints, runtime
 from engine.checkpoints import BEST, FINAL, LAST
 from engine.cli import Interrupted, UserError, reason
 from engine.evaluate import Scores, evaluate
 from engine.training import distributed
 from engine.training.run import Run, plain_options
-from engine.training.schedule import warmup_steps, warmup_then_cosine
-from engine.training.state import check_form, check_history, in_own_memory, state_after_a_step
+from engine.training.schedule import repeat_steps, warmup_steps, warmup_then_cosine
+from engine.training.state import check_best, check_form, check_history, in_own_memory, state_after_a_step
 from engine.training.tracking import END_PATIENCE, WandbRun, draw_curves, write_metrics
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (images, labels) -> (loss, logits)
@@ -84,6 +84,7 @@ class Trainer:
             run.print_once(f"Warm-up shortened to one fifth of the run, {warmup} steps: {short}.")
         self.schedulers = [warmup_then_cosine(optimizer, epochs * steps, warmup) for optimizer in optimizers]
         self.epoch = 0  # finished epochs
+        self.owns_folder = run.resumes_its_own_folder()  # checkpoint_last.pth there, if any, is this run's
         self.totals = torch.zeros(3, device=run.device)  # sum of loss, correct, images: of the epoch under way
         self.steps_done, self.seconds = 0, 0.0  # of the epoch under way
         self.scoring_seconds = 0.0  # of the last epoch
@@ -105,10 +106,9 @@ class Trainer:
         return self.checkpoint(self.best["epoch"], self.best["metrics"], state_dict=self.best["state_dict"])
 
     def training_state(self) -> dict[str, Any]:
-        """What a resumed run needs beside the weights."""
+        """What a resumed run needs beside the weights. Schedules are functions of the step: they need no state."""
         return {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "generators": runtime.generator_states(self.run.device),
             "processes": distributed.world_size(),
             "threads": torch.get_num_threads(),
@@ -124,7 +124,7 @@ class Trainer:
         expected = self.training_state()  # outside of the try: its failure is not the file's fault
         try:
             self._load_training_state(resumed, expected)
-        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        except (LookupError, ArithmeticError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise UserError(f"{resumed.path}: its training state does not fit: {reason(error)}") from error
 
     def _load_training_state(self, resumed: checkpoints.Checkpoint, expected: dict[str, Any]) -> None:
@@ -136,23 +136,21 @@ class Trainer:
                 f"{resumed.path}: is a run of {state['processes']} processes, resumed by {expected['processes']}; "
                 "start as many"
             )
-        for saved, form, mine in zip(state["optimizers"], self.forms, expected["optimizers"], strict=True):
-            check_form(saved, {"state": form["state"], "param_groups": mine["param_groups"]}, "optimizers")
-        for name in ("schedulers", "threads", "wandb_id"):
-            check_form(state[name], expected[name], name)
-        generators = {kind: state["generators"][kind] for kind in expected["generators"].keys() & state["generators"]}
-        check_form(generators, {kind: expected["generators"][kind] for kind in generators}, "generators")
         history, best = state["history"], state["best"]
         check_history(history, state["epoch"], self.run.args.epochs, {"epoch", f"{self.chosen_on}_accuracy"})
-        check_form(best, {"epoch": 1, "metrics": history[0], "state_dict": self.model.state_dict()}, "best")
-        if best["metrics"] != history[best["epoch"] - 1]:
-            raise ValueError("best is not an epoch of its history")
+        check_best(best, history, self.model.state_dict())
+        for name in ("threads", "wandb_id"):
+            check_form(state[name], expected[name], name)
+        kinds = {"cpu", *(expected["generators"].keys() & state["generators"])}  # it may go on on another device
+        generators = {kind: state["generators"][kind] for kind in kinds}
+        check_form(generators, {kind: expected["generators"][kind] for kind in kinds}, "generators")
 
-        self.model.load_state_dict(resumed.state_dict)
-        for mine, saved in zip(self.optimizers, state["optimizers"], strict=True):
+        repeat_steps(self.schedulers, state["epoch"] * self.loader.steps_per_epoch)
+        for saved, form, mine in zip(state["optimizers"], self.forms, self.optimizers, strict=True):
+            check_form(saved["state"], form["state"], "optimizers")
+            check_form(saved["param_groups"], mine.state_dict()["param_groups"], "optimizers", equal=True)
             mine.load_state_dict(in_own_memory(saved, mine))
-        for mine, saved in zip(self.schedulers, state["schedulers"], strict=True):
-            mine.load_state_dict(saved)
+        self.model.load_state_dict(resumed.state_dict)
         runtime.restore_generators(generators)
         self.epoch, self.history, self.best = state["epoch"], history, best
         self.wandb_id = state["wandb_id"]
@@ -189,6 +187,7 @@ class Trainer:
             self.resume(run.resumed)
         if not run.resumes_its_own_folder():
             run.archive_previous_run()
+            self.owns_folder = True
         if run.resumed:
             self.save(LAST, self.checkpoint(self.epoch, self.history[-1], training=self.training_state()))
             self.save(BEST, self.best_checkpoint())  # a kill may have left that of an epoch that is done again
@@ -224,7 +223,7 @@ class Trainer:
         steps = self.loader.steps_per_epoch
         with self._bar() as bar:
             for images, labels in self.loader.epoch(self.epoch):
-                loss, logits = self.step(images, labels)
+                loss, logits = self._step(images, labels)
                 for scheduler in self.schedulers:
                     scheduler.step()
                 self._count(loss.detach(), logits, labels)
@@ -235,6 +234,13 @@ class Trainer:
                 if now - looked > _LOOK_SECONDS or self.steps_done == steps:
                     looked = now
                     self._show(bar)
+
+    def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            return self.step(images, labels)
+        except ValueError:  # BC refuses a weight that is NaN, which a finite loss may have left behind
+            self._check_finite()
+            raise
 
     def _count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         if loss.device.type == "cpu" and not math.isfinite(loss.item()):
@@ -305,17 +311,18 @@ class Trainer:
         self.model.load_state_dict(self.best["state_dict"])
         run.print_once(self._score("test").accuracy_line())
         script = "eval.py" if run.kind == "float" else "eval_binarized.py"
-        run.print_once(f"\nNext: python3 {script} {cli.as_typed(run.folder / BEST)}")
+        run.print_once(f"\nNext: {run.command(script, run.folder / BEST, places=('data_dir',))}")
 
     def interrupt_message(self) -> str:
-        """What to say after a signal."""
+        """What to say after a signal: what is saved, and what to type."""
         last = self.run.folder / LAST
-        if not self.epoch:
-            return "Stopped in the first epoch: nothing is saved yet; start again without --resume."
-        return (
-            f"Stopped. {last} holds {self.epoch} of {self.run.args.epochs} epochs. "
-            f"Go on with: {self.run.resume_command()}"
-        )
+        if self.owns_folder and last.exists():
+            epoch = checkpoints.load(last).epoch  # a signal may come just after it was written
+            saved = f"{last} holds {epoch} of {self.run.args.epochs} epochs"
+            return f"Stopped. {saved}. Go on with: {self.run.resume_command()}"
+        if self.run.resumed:
+            return "Stopped before the first step: nothing was saved; start again with the same command."
+        return "Stopped in the first epoch: nothing is saved yet; start again without --resume."
 
     # -- what is shown -------------------------------------------------------------------------------------
 

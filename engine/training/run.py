@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +110,7 @@ class Run:
         runtime.keep_freed_memory()
         distributed.start()
         args = parser.parse_args()
+        must_compile = args.compile is True
         if args.resume == "" and not args.output_dir.exists():
             raise UserError(f"--resume: there is no {args.output_dir / LAST}; start without --resume")
         folder = cli.prepare_output_dir(args.output_dir)
@@ -126,7 +127,7 @@ class Run:
                 f"--batch-size {args.batch_size} cannot be shared by {distributed.world_size()} processes"
             )
         args.precision = runtime.choose_precision(args.precision, device)
-        args.compile, notice = runtime.choose_compile(args.compile, device)
+        args.compile, notice = runtime.choose_compile(args.compile, device, required=must_compile)
         distributed.agree(f"{plain_options(args)}", "their options, precision or mode")
         distributed.agree(resumed.sha256 if resumed else "", "the checkpoint they resume")
         run = cls(args, device, folder, kind, resumed, lock)
@@ -145,8 +146,13 @@ class Run:
         """What to type to go on with this run: with those options of now that its checkpoint does not hold."""
         processes = distributed.world_size()
         start = "python3" if processes == 1 else f"torchrun --nproc_per_node={processes}"
-        words = [start, cli.as_typed(sys.argv[0]), "--resume"]
-        for name in PLACE_OPTIONS:
+        return self.command(Path(sys.argv[0]).name, "--resume", places=PLACE_OPTIONS, start=start)
+
+    def command(self, script: str, argument: object, *, places: Iterable[str], start: str = "python3") -> str:
+        """What to type for a script beside this one; of the options `places` those that this run was given."""
+        path = os.path.join(os.path.dirname(sys.argv[0]), script)
+        words = [start, cli.as_typed(path), cli.as_typed(argument)]
+        for name in places:
             option = f"--{name.replace('_', '-')}"
             if any(word.split("=")[0] == option for word in sys.argv):
                 words += [option, cli.as_typed(getattr(self.args, name))]

@@ -1,7 +1,7 @@
 """The learning rate: linear warm-up, then cosine annealing to zero, step by step.
 
 Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2017, without restarts.
-Another schedule is another function here: any torch scheduler, or a chain of them, is saved and resumed.
+Another schedule is another function here: any torch scheduler, or a chain of them, whose `step()` takes no argument.
 """
 
 from __future__ import annotations
@@ -31,3 +31,12 @@ def warmup_then_cosine(optimizer: Optimizer, total: int, warmup: int) -> LRSched
     warnings.filterwarnings("ignore", r"The epoch parameter in `scheduler\.step\(\)`", UserWarning)
     linear = LinearLR(optimizer, start_factor=1 / (warmup + 1), end_factor=1.0, total_iters=warmup)
     return SequentialLR(optimizer, [linear, cosine], milestones=[warmup])
+
+
+def repeat_steps(schedulers: list[LRScheduler], steps: int) -> None:
+    """Bring fresh schedules to where they are after `steps` steps, without the steps of their optimizers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a schedule that moves before its optimizer
+        for scheduler in schedulers:
+            for _ in range(steps):
+                scheduler.step()

@@ -30,24 +30,29 @@ def state_after_a_step(optimizer: Optimizer) -> dict[str, Any]:
     return twin.state_dict()
 
 
-def check_form(saved: Any, fresh: Any, where: str) -> None:
-    """Raise ValueError unless `saved` is finite and built as `fresh`: keys, lengths, types, shapes, dtypes."""
+def check_form(saved: Any, fresh: Any, where: str, *, equal: bool = False) -> None:
+    """Raise ValueError unless `saved` is finite and built as `fresh`: keys, lengths, types, shapes, dtypes.
+
+    equal: numbers and names must be the same as well, but for the rounding of another machine.
+    """
     if isinstance(fresh, dict):
         _require(isinstance(saved, dict) and saved.keys() == fresh.keys(), f"{where} has other entries")
         for key in fresh:
-            check_form(saved[key], fresh[key], where)
+            check_form(saved[key], fresh[key], where, equal=equal)
     elif isinstance(fresh, list | tuple):
         _require(isinstance(saved, list | tuple) and len(saved) == len(fresh), f"{where} has another length")
         for one, other in zip(saved, fresh, strict=True):
-            check_form(one, other, where)
+            check_form(one, other, where, equal=equal)
     elif isinstance(fresh, Tensor):
         _require(isinstance(saved, Tensor), f"{where} holds no tensor")
         _require((saved.shape, saved.dtype) == (fresh.shape, fresh.dtype), f"{where} has another shape or type")
         _require(bool(saved.isfinite().all()), f"{where} is not finite")
     elif isinstance(fresh, int | float) and not isinstance(fresh, bool):
         _require(type(saved) in (int, float) and math.isfinite(saved), f"{where} has no number where one is needed")
+        _require(not equal or math.isclose(saved, fresh, rel_tol=1e-6, abs_tol=1e-12), f"{where} has other settings")
     else:
         _require(type(saved) is type(fresh), f"{where} has a value of another type")
+        _require(not equal or saved == fresh, f"{where} has other settings")
 
 
 def check_history(history: Any, epoch: Any, epochs: int, required: set[str]) -> None:
@@ -60,6 +65,14 @@ def check_history(history: Any, epoch: Any, epochs: int, required: set[str]) -> 
         _require(max(map(abs, row.values())) < 1e30, "history holds a number too large to be drawn")
         _require(row["epoch"] == number, "the epochs of history are not in order")
     _require(all(isinstance(name, str) and name.isidentifier() for name in history[0]), "history has strange columns")
+
+
+def check_best(best: Any, history: list[dict[str, float]], state_dict: dict[str, Tensor]) -> None:
+    """Raise ValueError unless `best` is an epoch of `history` with weights that fit `state_dict`."""
+    check_form(best, {"epoch": 1, "metrics": history[0], "state_dict": state_dict}, "best")
+    _require(best["metrics"] == history[best["epoch"] - 1], "best is not an epoch of its history")
+    variances = [value for name, value in best["state_dict"].items() if name.endswith("running_var")]
+    _require(all(bool((value >= 0).all()) for value in variances), "best has negative variances")
 
 
 def in_own_memory(saved: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
