@@ -141,9 +141,8 @@ def test_kills_while_old_files_are_moved_aside(
             scripts.run("main.py", *resume_options(small_data), cwd=folder)
             assert differences(essence(folder), essence(float_run)) == []
         else:
-            options = small_options(small_data, epochs=1)
-            scripts.run("main.py", *options, cwd=folder)
-        assert lost(folder) == []
+            scripts.run("main.py", *small_options(small_data, epochs=1), cwd=folder)
+            assert lost(folder) == []
     assert {0, 1, 3, 5} <= set(moved)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import importlib
 import inspect
 import os
 import signal
@@ -28,6 +29,8 @@ def start() -> None:
     """
     if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
         return
+    # Functions of this module keep the process group of the time of its import; its threads would never end.
+    importlib.import_module("torch.distributed.nn.functional")
     # gloo carries what concerns the host alone, also beside nccl.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     # Waiting for the others is C++, in which Python's handlers do not run: a signal then ends the process itself.
