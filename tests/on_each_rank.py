@@ -23,13 +23,19 @@ from engine.training.loop import Trainer  # noqa: E402
 from models import BC  # noqa: E402
 
 signs: list[str] = []
-binarize, finish = BC.binarization, Trainer.finish
+wrapped: list[BC] = []
+wrap, backward, finish = BC.__init__, torch.Tensor.backward, Trainer.finish
 
 
-def binarize_and_note(self: BC, *, stochastic: bool | None = None) -> None:
-    binarize(self, stochastic=stochastic)
-    if stochastic is None:  # a step of training; scoring says False
-        signs.append(checkpoints.digest([weight.detach() for weight in self.targets()]))
+def wrap_and_note(self: BC, *args: object, **options: object) -> None:
+    wrap(self, *args, **options)
+    wrapped.append(self)
+
+
+def note_and_go_back(loss: torch.Tensor) -> None:
+    for bc in wrapped:
+        signs.append(checkpoints.digest([weight.detach() for weight in bc.targets()]))
+    backward(loss)
 
 
 def note_and_finish(self: Trainer) -> None:
@@ -41,7 +47,7 @@ def note_and_finish(self: Trainer) -> None:
 folder = Path(sys.argv[1])
 script = ROOT / sys.argv[2]
 sys.argv = [str(script), *sys.argv[3:]]
-BC.binarization, Trainer.finish = binarize_and_note, note_and_finish
+BC.__init__, torch.Tensor.backward, Trainer.finish = wrap_and_note, note_and_go_back, note_and_finish
 runpy.run_path(str(script), run_name="__main__")
 
 # Such a thread may free a tensor while the interpreter shuts down, and then the process aborts: rarely, under load.

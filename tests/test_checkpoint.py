@@ -23,7 +23,7 @@ from torch import Tensor
 
 from engine import checkpoints, cli, files
 from engine.cli import UserError
-from engine.files import FolderLock, atomic_write, remove_leftovers, set_aside, undo_unfinished_moves
+from engine.files import FolderLock, atomic_write, remove_leftovers
 from models.bitpack import pack_model
 from models.resnet_s import weight_layers
 
@@ -621,59 +621,6 @@ def test_a_writer_function_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         atomic_write(tmp_path / "a.png", write)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.png", b"old")]
-
-
-# -- sets moved aside ------------------------------------------------------------------------------------------
-
-
-def test_a_set_is_moved_aside_under_one_name(tmp_path):
-    for round_number in (1, 2):
-        for name in ("a.pth", "b.csv", "other"):
-            (tmp_path / name).write_text(f"{name} {round_number}")
-        assert set_aside(tmp_path, ["a.pth", "b.csv", "missing"]) == tmp_path / f"previous-{round_number}"
-    assert set_aside(tmp_path, ["a.pth", "b.csv"]) is None
-    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == [
-        "other",
-        "previous-1",
-        "previous-1/a.pth",
-        "previous-1/b.csv",
-        "previous-2",
-        "previous-2/a.pth",
-        "previous-2/b.csv",
-    ]
-    assert (tmp_path / "previous-1" / "b.csv").read_text() == "b.csv 1"
-
-
-@needs_fork
-@pytest.mark.parametrize("killed_at", [1, 2, 3, 4])
-def test_a_move_that_is_killed_is_undone(tmp_path, killed_at, monkeypatch):
-    names, calls, rename = ["a.pth", "b.pth", "c.csv"], [], os.rename
-    for name in names:
-        (tmp_path / name).write_text(name)
-
-    def counted(*paths: object) -> None:
-        calls.append(paths)
-        os._exit(9) if len(calls) == killed_at else rename(*paths)
-
-    monkeypatch.setattr("os.replace", counted)
-    monkeypatch.setattr("os.rename", counted)
-    assert exit_status(fork(lambda: set_aside(tmp_path, names))) == 9
-    monkeypatch.undo()
-    undo_unfinished_moves(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == names
-    assert [(tmp_path / name).read_text() for name in names] == names
-
-
-def test_a_move_that_fails_is_reported(tmp_path, monkeypatch):
-    (tmp_path / "a.pth").write_text("a")
-
-    def fail(*_: object) -> None:
-        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(UserError, match=r"a\.pth.*Permission denied"):
-        set_aside(tmp_path, ["a.pth"])
-    assert (tmp_path / "a.pth").read_text() == "a"
 
 
 # -- one run a folder ------------------------------------------------------------------------------------------
