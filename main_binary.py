@@ -28,7 +28,7 @@ from engine.training import distributed
 from engine.training.loop import EVAL_BATCH, fit
 from engine.training.muon import Muon
 from engine.training.run import Run, add_training_options, closing
-from engine.training.tracking import SignWatch
+from engine.training.tracking import FlipRateMeter
 from models import BC, build
 from models.bitpack import fold_normalization
 
@@ -219,7 +219,7 @@ def train(run: Run, init: checkpoints.Checkpoint | None, taught_by: checkpoints.
         train_step,
         score,
         chosen_on="val" if data.val else "test",
-        watch=SignWatch(bc),
+        watch=FlipRateMeter(bc),
         about={"logit_scale": args.logit_scale, "teacher_sha256": taught_by.sha256 if taught_by else None},
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib
 import math
 import os
@@ -35,7 +34,6 @@ from engine.training import loop as training
 from engine.training import run as run_module
 from engine.training.loop import Trainer
 from engine.training.state import _check_optimizer, moments_in_own_memory
-from engine.training.tracking import SignWatch
 from models import BC, build
 from models.binaryconnect import binarize_model
 
@@ -437,21 +435,6 @@ def test_weights_that_are_nan_are_never_saved(
         run_here(main, tmp_path, monkeypatch, *small_options(small_data))
     assert assert_all_load(tmp_path) == 2
     assert checkpoints.load(tmp_path / LAST).epoch == 1
-
-
-def test_sign_watch_counts_flips_and_saturation() -> None:
-    bc = BC(torch.nn.Linear(4, 1, bias=False))
-    (weight,) = bc.targets()
-    weight.data = torch.tensor([[0.5, -0.5, 0.0, 1.0]])
-    watch = SignWatch(bc)
-    watch.begin()
-    weight.data = torch.tensor([[-1.0, -0.2, -0.0, 1.0]])
-    state = copy.deepcopy(watch.state_dict())
-    assert watch.end() == {"flipped": 25, "saturated": 50}
-    resumed = SignWatch(bc)
-    resumed.load_state_dict(state)
-    with bc.binarized():  # the latent weights count, whatever the network holds at the moment
-        assert resumed.end() == {"flipped": 25, "saturated": 50}
 
 
 # -- options -----------------------------------------------------------------------------------------------------

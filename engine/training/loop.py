@@ -30,6 +30,7 @@ from engine.training import distributed
 from engine.training.run import Run, plain_options
 from engine.training.state import check_training_state, moments_in_own_memory
 from engine.training.tracking import END_PATIENCE, WandbRun, draw_curves, write_metrics
+from models.resnet_s import weight_layers
 
 EVAL_BATCH = 500  # images per batch when scoring; any size gives the same figures but for rounding
 _LOOK_SECONDS = 0.5  # how often the numbers are fetched from the device for the progress bar
@@ -46,15 +47,11 @@ class Loader(Protocol):
 
 
 class EpochWatch(Protocol):
-    """Something that measures a whole epoch, with a state of its own so that it survives a stop within one."""
+    """Something that measures a whole epoch: see tracking.FlipRateMeter."""
 
     def begin(self) -> None: ...
 
     def end(self) -> dict[str, float]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def make_schedulers(run: Run, optimizers: list[Optimizer], steps_per_epoch: int) -> list[LRScheduler]:
@@ -183,7 +180,7 @@ class Trainer:
             "steps_done": self.steps_done,
             "totals": totals.cpu(),
             "seconds": self.seconds,
-            "watch": self.watch.state_dict() if self.watch else {},
+            "watch": {},
             "history": self.history,
             "best": self.best,
             "wandb_id": self.wandb_id,
@@ -225,8 +222,6 @@ class Trainer:
         self.run.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
         runtime.restore_device_generator(self.run.device, state["device_rng"])
-        if self.watch:
-            self.watch.load_state_dict(state["watch"])
         self.epoch, self.steps_done = state["epoch"], state["steps_done"]
         self.totals.copy_(totals[distributed.rank()])
         self.seconds = state["seconds"]
@@ -282,28 +277,43 @@ class Trainer:
             name=f"{run.args.arch}-{run.kind}-seed{run.args.seed}",
             config=plain_options(run.args),
             run_id=self.wandb_id,
+            epochs=run.args.epochs,
             say=run.say,
         )
         status, patience = 1, 3.0
         try:
             while self.epoch < run.args.epochs:
                 self.train_epoch()
-                tracker.log(self.finish_epoch())
+                tracker.log(self.finish_epoch(), self.latent_weights if run.kind == "latent" else None)
                 self._stop_where_asked()
             status, patience = 0, END_PATIENCE
         except Interrupted as stop:
             status = stop.exit_status
             raise
         finally:
-            tracker.finish(status, patience)
+            tracker.finish(status, patience, self.summary())
+
+    def latent_weights(self) -> Tensor:
+        """All of them, (n,)."""
+        return torch.cat([layer.weight.detach().reshape(-1) for _, layer in weight_layers(self.model)])
+
+    def summary(self) -> dict[str, float]:
+        """What Weights & Biases shows of the whole run."""
+        if not self.history:
+            return {}
+        accuracy = f"{self.chosen_on}_accuracy"
+        found = {f"best_{accuracy}": self.best["metrics"][accuracy], f"final_{accuracy}": self.history[-1][accuracy]}
+        if self.run.kind == "latent":
+            found["one_bit_bytes"] = math.ceil(len(self.latent_weights()) / 8)  # of the signs alone
+        return found
 
     def train_epoch(self) -> None:
         """The steps of one epoch that are still to do."""
         if self.steps_done == 0:
             self.totals.zero_()
             self.seconds = 0.0
-            if self.watch:
-                self.watch.begin()
+        if self.watch:
+            self.watch.begin()
         self.model.train()
         started = looked = time.perf_counter()
         before = self.seconds
