@@ -27,7 +27,7 @@ from engine.training.distillation import add_teacher_options, load_teacher, make
 from engine.training.loop import fit
 from engine.training.muon import Muon
 from engine.training.run import Run, add_training_options, closing_run
-from engine.training.tracking import SignWatch
+from engine.training.tracking import FlipRateMeter
 from models import BC, build
 
 LATENT_LR = {"muon": 0.01, "adam": 0.01, "sgd": 10.0}  # benchmarks/experiments.md, sections 1, 2 and 19
@@ -151,7 +151,7 @@ def train(run: Run) -> None:
         train_step,
         scoring=bc.binarized,  # the binarized network is the result: it is what is scored and chosen
         logit_scale=args.logit_scale,
-        meter=SignWatch(bc),
+        meter=FlipRateMeter(bc),
         extra={"logit_scale": args.logit_scale, "teacher_sha256": teacher.sha256 if teacher else None},
     )
 

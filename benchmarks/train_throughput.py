@@ -37,7 +37,7 @@ from engine import cli, runtime  # noqa: E402
 from engine.files import atomic_write  # noqa: E402
 from engine.training.loop import Trainer  # noqa: E402
 from engine.training.run import Run  # noqa: E402
-from engine.training.tracking import SignWatch  # noqa: E402
+from engine.training.tracking import FlipRateMeter  # noqa: E402
 from models import BC, build  # noqa: E402
 from models.resnet_s import weight_layers  # noqa: E402
 
@@ -203,7 +203,7 @@ class Ours(Contender):
             return F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
 
         step = binary_script.make_train_step(run, bc, network, optimizers, criterion, args.logit_scale)
-        return bc.model, optimizers, step, SignWatch(bc)
+        return bc.model, optimizers, step, FlipRateMeter(bc)
 
     def _forever(self, loader: cifar10.TrainLoader, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Full batches only, one epoch after the other."""

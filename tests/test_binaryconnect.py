@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import main_binary
 from engine.training.run import Run
-from engine.training.tracking import SignWatch
+from engine.training.tracking import FlipRateMeter
 from models import BC, build
 from models.binaryconnect import binarize_model, binary_sign, is_binary, stochastic_sign
 from models.bitpack import pack_bits, pack_model, unpack_bits, unpack_model
@@ -486,9 +486,9 @@ def signs_in_packed_files(model: nn.Module) -> Tensor:
 
 
 def signs_in_the_metrics(model: nn.Module) -> Tensor:
-    watch = SignWatch(BC(copy.deepcopy(model)))
-    watch.begin()
-    return watch.state_dict()["signs"].float() * 2 - 1
+    meter = FlipRateMeter(BC(copy.deepcopy(model)))
+    meter.begin()
+    return meter.before.float() * 2 - 1
 
 
 USERS = [

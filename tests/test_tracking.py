@@ -1,12 +1,12 @@
-"""metrics.csv, training_curves.png, and Weights & Biases, whose absence or trouble must not harm a run."""
+"""metrics.csv, training_curves.png, and Weights & Biases, whose absence or failure must not affect a run."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import importlib.util
 import json
 import os
-import re
+import signal
 import socket
 import struct
 import threading
@@ -14,25 +14,22 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from runs import small_options
-from script_server import Child, ScriptServer
+from script_server import ScriptServer
 
 from engine.checkpoints import LAST
-from engine.cli import as_typed
 from engine.training import tracking
+from models import BC
 
-ROOT = Path(__file__).resolve().parent.parent
-
-KEY = {"WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567"}
-
-
-# -- files -------------------------------------------------------------------------------------------------------
+# -- numbers and files -------------------------------------------------------------------------------------------
 
 
 def row(epoch: int, **more: float) -> dict[str, float]:
-    return {"epoch": epoch, "train_loss": 2 / epoch, "test_accuracy": 10.0 * epoch, "lr": 0.1 / epoch} | more
+    return {"epoch": epoch, "train_loss": 2 / epoch, "test_accuracy": 50 - 10.0 / epoch, "lr": 0.1 / epoch} | more
 
 
 def test_metrics_are_a_line_an_epoch(tmp_path: Path) -> None:
@@ -44,271 +41,260 @@ def test_metrics_are_a_line_an_epoch(tmp_path: Path) -> None:
     assert float(rows[1]["flipped"]) == pytest.approx(0.123456789, rel=1e-5)
 
 
-@pytest.mark.parametrize("epochs", [1, 6, 150])
+def test_flip_rate_and_saturation() -> None:
+    bc = BC(torch.nn.Linear(4, 1, bias=False))
+    (weight,) = bc.targets()
+    weight.data = torch.tensor([[0.5, -0.5, 0.0, 1.0]])
+    meter = tracking.FlipRateMeter(bc)
+    meter.begin()
+    weight.data = torch.tensor([[-1.0, -0.2, -0.0, 1.0]])
+    assert meter.end() == {"flipped": 25, "saturated": 50}
+    with bc.binarized():  # the latent weights count, whatever the network holds at the moment
+        assert meter.end() == {"flipped": 25, "saturated": 50}
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 10, 150])
 @pytest.mark.parametrize("binary", [True, False])
-def test_curves_show_every_measure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int, binary: bool
-) -> None:
-    """Also in epochs in which nothing flips and the learning rate is 0, where a logarithm has no value."""
+def test_curves_show_every_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int, binary: bool) -> None:
+    """Zeros as well, which a logarithmic axis cannot show; and the legends cover none of them."""
     from matplotlib.figure import Figure
 
-    figures = []
+    figures: list[Figure] = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
-    more = {"flipped": 0.0, "saturated": 3.0, "latent_lr": 0.01} if binary else {}
+    more = {"flipped": 0.0, "latent_lr": 0.01} if binary else {}
     history = [row(epoch, **more) for epoch in range(1, epochs + 1)]
-    history[-1]["lr"] = 0.0
-    if binary:
-        history[-1]["latent_lr"] = 1e-17  # where --latent-decay-power may take it
+    for number, line in enumerate(history if binary else []):
+        line["saturated"] = 0.0 if number < 3 else 1e-4 * number**2
+    history[-1] |= {"lr": 0.0} | ({"latent_lr": 1e-17} if binary else {})  # --latent-decay-power may take it there
     tracking.draw_curves(tmp_path, history, "title")
-    image = (tmp_path / "training_curves.png").read_bytes()
-    assert image.startswith(b"\x89PNG")
-    width, height = struct.unpack(">II", image[16:24])
-    assert 600 < width < 2000
-    assert 300 < height < 1000
-    labels = {text.get_text() for axes in figures[0].axes for text in axes.get_legend().get_texts()}
-    wanted = {"train loss", f"test accuracy (best {10.0 * epochs:.2f})", "lr"}
-    assert labels == wanted | ({"flipped", "saturated", "latent lr"} if binary else set())
+    width, height = struct.unpack(">II", (tmp_path / "training_curves.png").read_bytes()[16:24])
+    assert 600 < width < 2000 > 2 * height > 600
+    drawn = set()
     for axes in figures[0].axes:
-        lowest, highest = axes.get_ylim()
-        assert all(lowest <= y <= highest for line in axes.lines for y in line.get_ydata())
+        legend = axes.get_legend()
+        labels = [text.get_text() for text in legend.get_texts()]
+        drawn |= set(labels)
+        assert not legend.get_window_extent().overlaps(axes.get_window_extent().padded(-1))
+        (lowest, highest), (left, right) = axes.get_ylim(), axes.get_xlim()
+        for line in axes.lines:
+            assert line.get_label() not in labels or len(line.get_xdata()) == epochs
+            assert all(left < x < right for x in line.get_xdata())
+            assert all(lowest < y < highest for y in line.get_ydata())
+        assert [tick for tick in axes.get_xticks() if left < tick < right and tick == int(tick)]
+        labels_of_y = {
+            label.get_text() for label in axes.get_yticklabels() if lowest < label.get_position()[1] < highest
+        }
+        assert len(labels_of_y - {""}) >= 2
+    names = {"train loss", "lr"} | ({"flipped", "saturated", "latent lr"} if binary else set())
+    assert drawn == names | {f"test accuracy (best {history[-1]['test_accuracy']:.2f})"}
+    assert figures[0].get_facecolor() == (1, 1, 1, 1)
 
 
 # -- Weights & Biases --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def server() -> Iterator[Callable[[str], dict[str, str]]]:
-    """server(kind): a server on this machine that does harm in one way; the environment that leads wandb to it."""
-    sockets: list[socket.socket] = []
+def read_run(path: Path) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
+    """The id, the rows and the summary in a .wandb file, which has the form of LevelDB's log: blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
 
-    def serve(listening: socket.socket, kind: str) -> None:
-        while True:
-            try:
-                connection, _ = listening.accept()
-            except OSError:
-                return
-            sockets.append(connection)
-            if kind != "hang":
-                connection.recv(65536)
-                error = b"HTTP/1.1 500 Trouble\r\nContent-Length: 0\r\n\r\n"
-                connection.sendall(error if kind == "error" else b"\x00\xff rubbish " * 99)
-                connection.close()
-
-    def start(kind: str) -> dict[str, str]:
-        listening = socket.create_server(("127.0.0.1", 0))
-        port = listening.getsockname()[1]
-        if kind == "refuse":
-            listening.close()
-        else:
-            sockets.append(listening)
-            threading.Thread(target=serve, args=(listening, kind), daemon=True).start()
-        return KEY | {"WANDB_BASE_URL": f"http://127.0.0.1:{port}"}
-
-    yield start
-    for opened in sockets:
-        opened.close()
+    data, at, content = path.read_bytes(), 7, b""
+    run_id, rows, summary = "", [], {}
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        content += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record, content = Record.FromString(content), b""
+            run_id = record.run.run_id or run_id
+            if record.HasField("history"):
+                rows.append({".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+            for item in record.summary.update:
+                summary[item.key or item.nested_key[0]] = json.loads(item.value_json)
+    return run_id, rows, summary
 
 
 @pytest.fixture
-def marked() -> Iterator[dict[str, str]]:
-    """An environment by which the processes of a test are known; at its end none of them may be left."""
-    mark = uuid.uuid4().hex
-    yield {"TEST_MARK": mark}
-    limit = time.monotonic() + 30
-    while left := _processes_with(mark):
-        assert time.monotonic() < limit, f"left running: {left}"
-        time.sleep(0.1)
-
-
-def _processes_with(mark: str) -> list[str]:
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue  # it has ended
-    return found
-
-
-def one_epoch(scripts: ScriptServer, data: Path, folder: Path, env: dict[str, str], *more: object) -> Child:
-    options = small_options(data, epochs=1)
-    options[options.index("disabled")] = "auto"
-    child = scripts.run("main.py", *options, *more, cwd=folder, env=env)
-    assert child.errors == ""
-    return child
-
-
-def notices(child: Child) -> list[str]:
-    return [line for line in child.output.splitlines() if "Weights & Biases" in line]
-
-
-def test_without_a_key_the_run_is_tracked_offline(
-    scripts: ScriptServer, small_data: Path, tmp_path: Path, marked: dict[str, str]
-) -> None:
-    home = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
-    out = tmp_path / "with space"
-    child = one_epoch(scripts, small_data, tmp_path, marked | home, "--output-dir", out)
-    command = f'wandb sync "{out}/wandb"/offline-run-*'
-    assert notices(child) == [f"Weights & Biases: offline; to upload it later: {command}"]
-    (log,) = out.glob("wandb/offline-run-*/*.wandb")
-    assert b"train_accuracy" in log.read_bytes()  # it holds the epoch's numbers
-    assert not (tmp_path / "wandb").exists()
-    wandb_id = re.search(r"run-(\w+)\.wandb", log.name)[1]
-    import torch
-
-    assert torch.load(out / LAST, weights_only=True)["training"]["wandb_id"] == wandb_id
-
-
-LONG_FORM = [pytest.param(kind, marks=pytest.mark.full) for kind in ("error", "rubbish")]
-
-
-@pytest.mark.parametrize("kind", ["hang", "refuse", *LONG_FORM])
-def test_a_server_in_trouble_costs_seconds_and_no_numbers(
-    scripts: ScriptServer,
-    small_data: Path,
-    tmp_path: Path,
-    server: Callable[[str], dict[str, str]],
-    marked: dict[str, str],
-    kind: str,
-) -> None:
-    started = time.monotonic()
-    child = one_epoch(scripts, small_data, tmp_path, server(kind) | marked)
-    assert time.monotonic() - started < 90  # the epoch itself, on a busy machine, included
-    first, second = notices(child)
-    assert first.startswith("Weights & Biases could not be started online (")
-    assert second.startswith("Weights & Biases: offline; ")
-    (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    assert b"train_accuracy" in log.read_bytes()
-
-
-def test_what_a_wandb_that_hangs_costs(
-    tmp_path: Path, marked: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its patience at the start and at the end, and nothing in between."""
-    assert tracking.START_PATIENCE <= 10
-    assert tracking.END_PATIENCE <= 10
-    monkeypatch.setattr(tracking, "START_PATIENCE", 2.0)
-    (tmp_path / "wandb.py").write_text("import time\nSettings = dict\ndef init(**_): time.sleep(40)\n")
-    for name, value in (marked | {"PYTHONPATH": str(tmp_path)}).items():
-        monkeypatch.setenv(name, value)
-    said: list[str] = []
-    started = time.monotonic()
-    run = tracking.WandbRun("online", tmp_path, name="n", config={}, run_id="abc", say=said.append)
-    assert time.monotonic() - started < 6
-    assert os.getsid(run._process.pid) != os.getsid(0)  # Ctrl-C does not reach it
-    started = time.monotonic()
-    for epoch in range(1, 5000):  # more than a pipe holds
-        run.log(row(epoch))
-    assert time.monotonic() - started < 1
-    run.finish(0, 2.0)
-    assert time.monotonic() - started < 6
-    assert said[0] == "Weights & Biases could not be started online (no answer within 2 s)."
-    assert said[-1].startswith("Weights & Biases has not taken everything; to upload it later: wandb sync ")
-
-
-def test_ctrl_c_while_it_starts(
-    scripts: ScriptServer,
-    small_data: Path,
-    tmp_path: Path,
-    server: Callable[[str], dict[str, str]],
-    marked: dict[str, str],
-) -> None:
-    options = small_options(small_data, epochs=1)
-    options[options.index("disabled")] = "online"
-    at = ("queue.SimpleQueue", 2, "SIGINT")  # made as its process starts
-    child = scripts.run("main.py", *options, cwd=tmp_path, env=server("hang") | marked, at=at, expect=130)
-    script, data = as_typed(ROOT / "main.py"), as_typed(small_data)
-    go_on = f"Go on with: python3 {script} --resume --data-dir {data} --wandb online"
-    assert child.errors.splitlines()[-1].endswith(go_on)
-
-
-def test_a_wandb_that_cannot_be_imported_costs_one_line(
-    scripts: ScriptServer, small_data: Path, tmp_path: Path, marked: dict[str, str]
-) -> None:
-    (tmp_path / "stub").mkdir()
-    (tmp_path / "stub" / "wandb.py").write_text("raise ImportError('broken')")
-    env = {"PYTHONPATH": str(tmp_path / "stub")} | marked
-    child = one_epoch(scripts, small_data, tmp_path, env, "--wandb", "offline")
-    assert [line for line in notices(child) if "offline;" not in line] == [
-        "Weights & Biases was not used (ImportError)."
-    ]
-
-
-def test_without_wandb_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    said: list[str] = []
-    run = tracking.WandbRun("auto", tmp_path, name="n", config={}, run_id="abc", say=said.append)
-    run.log(row(1))
-    run.finish(0, 1)
-    assert said == ["Weights & Biases is not installed; the run goes on without it."]
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("mode", "environment", "expected"),
-    [
-        ("auto", {}, ["offline"]),
-        ("auto", KEY, ["online"]),
-        ("auto", KEY | {"WANDB_MODE": "offline"}, ["offline"]),
-        ("auto", {"WANDB_MODE": "disabled"}, []),
-        ("auto", {"WANDB_MODE": "nonsense"}, ["offline"]),
-        ("online", {"WANDB_MODE": "disabled"}, ["online"]),
-        ("disabled", KEY, []),
-    ],
-)
-def test_the_mode(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, environment: dict[str, str], expected: list[str]
-) -> None:
+def marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """An environment without an API key, by which processes are known; at the test's end none of them may be left."""
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    environment = {"TEST_MARK": uuid.uuid4().hex, "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    begun: list[str] = []
-    monkeypatch.setattr(tracking.WandbRun, "_begin", lambda self, mode: begun.append(mode))
-    tracking.WandbRun(mode, tmp_path, name="n", config={}, run_id="abc", say=lambda _: None)
-    assert begun == expected
+    yield environment
+    wait_for_processes_with(environment["TEST_MARK"])
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ("machine api.wandb.ai login user password k", True),
-        ("machine elsewhere login user password k", False),
-        ("nonsense", False),
-    ],
-)
-def test_a_key_in_netrc_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, expected: bool) -> None:
-    for name in ("NETRC", "WANDB_API_KEY", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    path = tmp_path / ".netrc"
-    path.write_text(content)
-    path.chmod(0o600)
-    assert tracking._has_api_key() is expected
-    monkeypatch.setenv("NETRC", str(path.rename(tmp_path / "mine")))
-    assert tracking._has_api_key() is expected
+def wait_for_processes_with(mark: str) -> None:
+    """Wait until all processes with this in their environment have ended."""
+    limit = time.monotonic() + 30
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended
+            while mark.encode() in path.read_bytes():
+                assert time.monotonic() < limit, f"left running: {(path.parent / 'cmdline').read_bytes()}"
+                time.sleep(0.1)
 
 
-def test_the_process_of_wandb_ends_with_the_training(tmp_path: Path, marked: dict[str, str]) -> None:
-    """It sees the end of its input, also when the training was killed and has said nothing."""
-    import subprocess
-    import sys
+@pytest.fixture
+def train(
+    scripts: ScriptServer, small_data: Path, tmp_path: Path, marked: dict[str, str]
+) -> Callable[..., tuple[str, list[Path]]]:
+    """train(*options): main_binary.py for two epochs; what it said of Weights & Biases, and the .wandb files."""
 
-    process = subprocess.Popen(
-        [sys.executable, str(Path(tracking.__file__).with_name("wandb_process.py"))],
-        env=os.environ | marked,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-        start_new_session=True,
-    )
-    about = {"project": "p", "dir": str(tmp_path), "mode": "offline", "id": "x", "patience": 8, "program": "main.py"}
-    process.stdin.write(json.dumps(about) + "\n")
-    process.stdin.flush()
-    assert json.loads(process.stdout.readline()) == {"url": None}
-    process.stdin.close()
-    process.wait(60)
+    def run(*options: Any, env: dict[str, str] | None = None, **how: Any) -> tuple[str, list[Path]]:
+        if "--resume" not in options:
+            options = (*small_options(small_data, epochs=2), *options)
+        options = (*options, "--wandb", "auto", "--data-dir", small_data)
+        child = scripts.run("main_binary.py", *options, cwd=tmp_path, env=marked | (env or {}), **how)
+        assert how or child.errors == ""
+        lines = [line for line in child.output.splitlines() if line.startswith("Weights & Biases: ")]
+        return "\n".join(lines).removeprefix("Weights & Biases: "), sorted(tmp_path.rglob("*.wandb"))
+
+    return run
+
+
+def begin(folder: Path, said: list[str], mode: str = "auto") -> tracking.WandbRun:
+    return tracking.WandbRun(mode, folder, name="n", config={"a": 1}, run_id="abc", epochs=12, say=said.append)
+
+
+def test_rows_histograms_and_summary(tmp_path: Path, marked: dict[str, str]) -> None:
+    said: list[str] = []
+    run = begin(tmp_path, said, "offline")
+    for epoch in range(1, 13):
+        run.log(row(epoch), lambda: torch.tensor([-1.0, 0.1, 0.1, 1.0]))
+    run.finish(0, summary={"best_test_accuracy": 49.5, "one_bit_bytes": 33542})
+    assert said == []
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    run_id, rows, summary = read_run(path)
+    assert run_id == "abc"
+    assert [line["train_loss"] for line in rows] == [2 / epoch for epoch in range(1, 13)]
+    assert [line["epoch"] for line in rows if "latent_weights.values" in line] == [10, 12]
+    assert rows[9]["latent_weights.bins"] == [-1 + number / 32 for number in range(65)]
+    counts = enumerate(rows[9]["latent_weights.values"])
+    assert {number: count for number, count in counts if count} == {0: 1, 35: 2, 63: 1}
+    assert summary["best_test_accuracy"] == 49.5
+    assert summary["one_bit_bytes"] == 33542
+    assert not list(tmp_path.glob("wandb/feed*"))
+
+
+def test_without_a_key_a_run_is_offline_and_resumes_as_the_same(tmp_path: Path, train: Callable) -> None:
+    out = tmp_path / "with space"
+    notice, _ = train("--output-dir", out, at=("torch.bincount", 2, "SIGTERM"), expect=143)
+    assert notice.startswith("offline (")
+    assert notice.endswith(f'; to upload it later: wandb sync "{out}/wandb"/offline-run-*')
+    _, paths = train("--resume", "--output-dir", out)
+    run_id = torch.load(out / LAST, weights_only=True)["training"]["wandb_id"]
+    (first_id, first, _), (second_id, second, summary) = map(read_run, paths)
+    assert first_id == second_id == run_id
+    assert [line["epoch"] for line in first + second] == [1, 2]
+    assert sum(second[0]["latent_weights.values"]) == 268_336
+    assert summary["final_test_accuracy"] == second[0]["test_accuracy"] <= summary["best_test_accuracy"]
+    assert summary["one_bit_bytes"] == 33_542
+
+
+def test_a_killed_run_is_in_its_file(tmp_path: Path, train: Callable, marked: dict[str, str]) -> None:
+    train(at=("torch.bincount", 2, "SIGKILL"), expect=-signal.SIGKILL)
+    wait_for_processes_with(marked["TEST_MARK"])
+    (path,) = tmp_path.rglob("*.wandb")
+    assert [line["epoch"] for line in read_run(path)[1]] == [1]
+
+
+@pytest.mark.parametrize("kind", ["hang", "refuse"])
+def test_a_server_in_trouble_costs_seconds_and_no_numbers(train: Callable, kind: str) -> None:
+    started = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections and never answers
+        host, port = server.getsockname()
+        if kind == "refuse":
+            server.close()
+        notice, paths = train(env={"WANDB_API_KEY": 40 * "0", "WANDB_BASE_URL": f"http://{host}:{port}"})
+    assert time.monotonic() - started < 90  # the epochs themselves, on a busy machine, included
+    assert notice.startswith("offline (")
+    assert "API key" not in notice
+    assert [line["epoch"] for path in paths for line in read_run(path)[1]] == [1, 2]
+
+
+@pytest.fixture
+def stub(tmp_path: Path, marked: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """stub(code): wandb is now this code."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return (tmp_path / "wandb.py").write_text
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_what_a_wandb_that_hangs_costs(
+    tmp_path: Path, stub: Callable, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    """Its patience at the end, and nothing before; Ctrl-C ends the wait."""
+    assert tracking.START_PATIENCE + tracking.END_PATIENCE < 20
+    monkeypatch.setattr(tracking, "START_PATIENCE", 2.0)
+    stub("import time\ndef init(**_): time.sleep(100)\n")
+    said: list[str] = []
+    started = time.monotonic()
+    run = begin(tmp_path, said)
+    assert os.getsid(run._process.pid) != os.getsid(0)  # Ctrl-C does not reach it
+    for epoch in range(1, 2000):  # more than a pipe holds
+        run.log(row(epoch))
+    assert time.monotonic() - started < 2
+    if interrupted:
+        threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            run.finish(0, 60.0)
+    else:
+        run.finish(0, 1.0)
+        assert "wandb sync" in said[0]
+    assert time.monotonic() - started < 8
+
+
+FAKE = """
+import os
+class Run:
+    url, summary = "https://example.org/run", {}
+    def log(self, row, step): print("row", step, flush=True)
+    def finish(self, exit_code): print("end", exit_code, self.summary, flush=True)
+def init(**arguments):
+    print(os.environ["WANDB_MODE"], flush=True)
+    return Run()
+"""
+MODES = {  # option, WANDB_MODE: mode
+    ("auto", ""): "online",
+    ("auto", "offline"): "offline",
+    ("online", "disabled"): "online",
+    ("auto", "disabled"): None,
+    ("disabled", "online"): None,
+}
+
+
+@pytest.mark.parametrize("option", MODES)
+def test_the_mode(
+    tmp_path: Path,
+    stub: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    option: tuple[str, str],
+) -> None:
+    stub(FAKE)
+    monkeypatch.setenv("WANDB_MODE", option[1])
+    run = begin(tmp_path, [], option[0])
+    run.log(row(1))
+    run.finish(3, summary={"best": 1})
+    lines = [MODES[option], "Weights & Biases: https://example.org/run", "row 1", "end 3 {'best': 1}"]
+    assert capfd.readouterr().out.splitlines() == (lines if MODES[option] else [])
+
+
+def test_a_wandb_that_cannot_be_used_costs_one_line(
+    tmp_path: Path, stub: Callable, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stub("raise ImportError")
+    said: list[str] = []
+    begin(tmp_path, said).finish(0)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "wandb").write_text("no folder")
+    run = begin(tmp_path / "none", said)
+    run.log(row(1))
+    run.finish(0)
+    assert len(capfd.readouterr().out.splitlines()) == len(said) == 1

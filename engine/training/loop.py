@@ -28,6 +28,7 @@ from engine.training.run import Run, plain_options
 from engine.training.schedule import repeat_steps, warmup_steps, warmup_then_cosine
 from engine.training.state import check_best, check_form, check_history, in_own_memory, state_after_a_step
 from engine.training.tracking import END_PATIENCE, WandbRun, draw_curves, write_metrics
+from models.resnet_s import weight_layers
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (images, labels) -> (loss, logits)
 _LOOK_SECONDS = 0.5  # how often the numbers are fetched from the device for the progress bar
@@ -198,6 +199,7 @@ class Trainer:
         tracker = WandbRun(
             run.args.wandb if distributed.is_writer() else "disabled",
             run.folder,
+            epochs=run.args.epochs,
             name=f"{run.args.arch}-{run.kind}-seed{run.args.seed}",
             config=plain_options(run.args),
             run_id=self.wandb_id,
@@ -208,10 +210,24 @@ class Trainer:
             while self.epoch < run.args.epochs:
                 self.train_epoch()
                 self.finish_epoch()
-                tracker.log(self.history[-1])
+                tracker.log(self.history[-1], self.latent_weights if run.kind == "latent" else None)
             status, patience = 0, END_PATIENCE
         finally:
-            tracker.finish(status, patience)
+            tracker.finish(status, patience, self.summary())
+
+    def latent_weights(self) -> Tensor:
+        """All of them, (n,)."""
+        return torch.cat([layer.weight.detach().reshape(-1) for _, layer in weight_layers(self.model)])
+
+    def summary(self) -> dict[str, float]:
+        """What Weights & Biases shows of the whole run."""
+        if not self.history:
+            return {}
+        accuracy = f"{self.chosen_on}_accuracy"
+        found = {f"best_{accuracy}": self.best["metrics"][accuracy], f"final_{accuracy}": self.history[-1][accuracy]}
+        if self.run.kind == "latent":
+            found["one_bit_bytes"] = math.ceil(len(self.latent_weights()) / 8)  # of the signs alone
+        return found
 
     def train_epoch(self) -> None:
         self.totals.zero_()
