@@ -31,6 +31,7 @@ from engine.training.run import Run, add_training_options, closing
 from engine.training.tracking import SignWatch
 from models import BC, build
 from models.bitpack import fold_normalization
+from models.quantizers import deterministic_sign, stochastic_sign
 
 
 def make_parser() -> cli.ArgumentParser:
@@ -187,7 +188,7 @@ def train(run: Run, init: checkpoints.Checkpoint | None, taught_by: checkpoints.
     model = build(args.arch)
     if init:
         model.load_state_dict(init.state_dict)
-    bc = run.place(BC(model, stochastic=args.stochastic))
+    bc = run.place(BC(model, quantizer=stochastic_sign if args.stochastic else deterministic_sign))
     bc.clip()
     optimizers = make_optimizers(args, bc)
     network = run.wrap(bc, len(data.train))

@@ -273,8 +273,9 @@ def main() -> None:
     loaded = checkpoints.load(args.checkpoint)
     if loaded.kind == BINARY_1BIT:
         raise UserError(f"{args.checkpoint}: is a 1-bit file; give the checkpoint it was made from")
-    data = cifar10.load(args.data_dir, limit_train=CALIBRATION_IMAGES, limit_test=args.limit_test)
     model = binarized.binarized_model(loaded)
+    onnx_export.check_exportable(model, args.checkpoint)
+    data = cifar10.load(args.data_dir, limit_train=CALIBRATION_IMAGES, limit_test=args.limit_test)
     about = f"{loaded.arch} on {runtime.describe(torch.device('cpu'))}"
     print(f"{about}, scored on {data.scored_on}")
 

@@ -26,10 +26,9 @@ signs: list[str] = []
 binarize, finish = BC.binarization, Trainer.finish
 
 
-def binarize_and_note(self: BC, *, stochastic: bool | None = None) -> None:
-    binarize(self, stochastic=stochastic)
-    if stochastic is None:  # a step of training; scoring says False
-        signs.append(checkpoints.digest([weight.detach() for weight in self.targets()]))
+def binarize_and_note(self: BC) -> None:  # a step of training; scoring does not call binarization()
+    binarize(self)
+    signs.append(checkpoints.digest([weight.detach() for weight in self.targets()]))
 
 
 def note_and_finish(self: Trainer) -> None:

@@ -27,6 +27,7 @@ from engine.files import FolderLock
 from engine.training import distributed
 from engine.training.loop import make_schedulers
 from models import BC, build
+from models.quantizers import stochastic_sign
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -156,7 +157,7 @@ def test_full_precision_equals_one_process(float_run: tuple[Path, str], small_da
 @pytest.mark.usefixtures("one_thread")
 def test_binaryconnect_equals_one_process(binary_run: tuple[Path, str], small_data: Path) -> None:
     reference = OneProcess(main_binary, small_data, BINARY_OPTIONS)
-    bc = BC(reference.model, stochastic=True)
+    bc = BC(reference.model, quantizer=stochastic_sign)
     bc.clip()
     optimizers = main_binary.make_optimizers(reference.args, bc)
 
