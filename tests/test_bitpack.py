@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from engine import checkpoints
 from models import ARCHITECTURES, BC, build, weight_layers
-from models.binaryconnect import binarize_model, is_binary
+from models.binaryconnect import binarize_model
 from models.bitpack import (
     conv_norm_pairs,
     fold_normalization,
@@ -106,10 +106,10 @@ def test_the_unpacked_network_has_the_same_signs_and_logits(arch: str, keep_batc
 def test_a_new_network_trains_binarizes_and_packs(arch: str) -> None:
     torch.manual_seed(0)
     bc = BC(build(arch))
-    optimizer = torch.optim.Adam(bc.parameters(), 0.01)
+    optimizer = torch.optim.Adam(bc.parameters(), 0.03)
     images, labels = torch.randn(32, 3, 32, 32), torch.arange(32) % 10
     losses = []
-    for _ in range(12):
+    for _ in range(20):
         optimizer.zero_grad()
         bc.binarization()
         loss = F.cross_entropy(bc(images) / 8, labels)
@@ -152,6 +152,8 @@ class Pieces(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.form == "untraceable" and x.sum() > 1e9:
             return x
+        if self.form == "two names":
+            return self.linear(F.relu(self.both(x)).mean((2, 3)))
         y = self.conv(x)
         if self.form == "conv used twice":
             y = self.norm(y) + y
@@ -161,8 +163,6 @@ class Pieces(nn.Module):
             y = self.norm(self.other(self.norm(y)))
         elif self.form == "weight used elsewhere":
             y = self.norm(y) + self.conv.weight.sum()
-        elif self.form == "two names":
-            y = self.both(x)
         else:
             y = self.norm(y)
         return self.linear(F.relu(y).mean((2, 3)))
@@ -261,14 +261,9 @@ def test_unpacking_refuses_negative_variances() -> None:
 
 
 def test_scale_and_shift_are_those_of_batchnorm() -> None:
-    norm, x, bias = binary_network().bn1, torch.randn(4, 16, 8, 8) * 10, torch.randn(16)
-    for before, (scale, shift) in (
-        (x, scale_and_shift(norm)),
-        (x + bias[:, None, None], scale_and_shift(norm, bias)),
-    ):
-        torch.testing.assert_close(
-            x * scale[:, None, None] + shift[:, None, None], norm(before), rtol=1e-5, atol=1e-5
-        )
+    norm, x = binary_network().bn1, torch.randn(4, 16, 8, 8) * 10
+    for bias in (torch.zeros(16), torch.randn(16)):
+        scale, shift = (values[:, None, None] for values in scale_and_shift(norm, bias))
+        torch.testing.assert_close(x * scale + shift, norm(x + bias[:, None, None]), rtol=1e-5, atol=1e-5)
     assert scale[0] < 0
     assert scale[1] == 0
-    assert not is_binary(scale)
