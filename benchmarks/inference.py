@@ -4,8 +4,8 @@
     python3 benchmarks/inference.py CKPT --threads 1   another checkpoint, on one core
 
 Prints images per second, the latency of single images, peak memory, file size and accuracy of each variant, and saves
-a bar chart, inference.png; green bars read a 1-bit file. The variants take turns within each round, so that other load
-on the machine affects all of them. Speed is that of the median call. torch and the plain ONNX files get normalized
+a bar chart, inference.png; green bars read a 1-bit file. The variants take turns within each round, so other load on
+the machine affects all of them. Speed is that of the median call. torch and the plain ONNX files get normalized
 images; our ONNX files get pixels, which they normalize themselves. Needs requirements-onnx.txt.
 """
 
