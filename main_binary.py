@@ -29,6 +29,7 @@ from engine.training.muon import Muon
 from engine.training.run import Run, add_training_options, closing_run
 from engine.training.tracking import FlipRateMeter
 from models import BC, build
+from models.quantizers import deterministic_sign, stochastic_sign
 
 LATENT_LR = {"muon": 0.01, "adam": 0.01, "sgd": 10.0}  # benchmarks/experiments.md, sections 1, 2 and 19
 
@@ -134,7 +135,7 @@ def train(run: Run) -> None:
     model = build(args.arch)
     if init:
         model.load_state_dict(init.state_dict)
-    bc = run.to_device(BC(model, stochastic=args.stochastic))
+    bc = run.to_device(BC(model, quantizer=stochastic_sign if args.stochastic else deterministic_sign))
     bc.clip()
     optimizers = make_optimizers(run, bc)
     network = run.compile_and_parallelize(bc)
@@ -152,7 +153,11 @@ def train(run: Run) -> None:
         scoring=bc.binarized,  # the binarized network is the result: it is what is scored and chosen
         logit_scale=args.logit_scale,
         meter=FlipRateMeter(bc),
-        extra={"logit_scale": args.logit_scale, "teacher_sha256": teacher.sha256 if teacher else None},
+        extra={
+            "quantizer": bc.quantizer_name,
+            "logit_scale": args.logit_scale,
+            "teacher_sha256": teacher.sha256 if teacher else None,
+        },
     )
 
 

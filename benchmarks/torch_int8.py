@@ -1,7 +1,7 @@
 """A binary network on torch's own int8 convolutions (oneDNN, CPU), called directly: no compiler, no export.
 
-`torch.ops.onednn.qconv2d_pointwise` is what torch.compile's quantized graphs call; it has no promise of staying as it
-is, so it serves the comparison in inference.py and nothing else.
+`torch.ops.onednn.qconv2d_pointwise` is what torch.compile's quantized graphs call. It is not a stable interface, so
+only the comparison in inference.py uses it.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class TorchInt8Network:
             step, middle, after = steps[2 * i : 2 * i + 3]
             one = _Int8Convolution(block.conv1, block.bn1, step, middle)
             two = _Int8Convolution(block.conv2, block.bn2, middle, after)
-            self.blocks.append((one, two, block.planes, block.stride, step))
+            self.blocks.append((one, two, block.added, block.stride, step))
 
     def __call__(self, images: Tensor) -> Tensor:
         x = F.relu(self.first(images))
         x = (x / self.first_step).round_().clamp_(max=255).to(torch.uint8)
-        for one, two, planes, stride, step in self.blocks:
-            x = two(one(x), shortcut_a(x, planes, stride).contiguous(memory_format=torch.channels_last), step)
+        for one, two, added, stride, step in self.blocks:
+            x = two(one(x), shortcut_a(x, added, stride).contiguous(memory_format=torch.channels_last), step)
         return self.linear(x.float().mean((2, 3)) * self.last_step)
 
 

@@ -38,8 +38,11 @@ from engine.files import atomic_write  # noqa: E402
 from engine.training.loop import Trainer  # noqa: E402
 from engine.training.run import Run  # noqa: E402
 from engine.training.tracking import FlipRateMeter  # noqa: E402
-from models import BC, build  # noqa: E402
-from models.resnet_s import weight_layers  # noqa: E402
+from models import (  # noqa: E402
+    BC,
+    build,
+    weight_layers,
+)
 
 PARTS = ("data", "binary", "forward", "backward", "optimizer")
 PICTURE = "train_throughput.png"

@@ -1,15 +1,15 @@
-"""A binary network as an ONNX file whose weights are one bit each, and such a file as a network.
+"""A binary ResNet as an ONNX file whose weights are one bit each, and such a file as a network.
 
 The input `images` is uint8 (N, 32, 32, 3): RGB pixels as image libraries give them; the normalization is part of the
 graph. The output `logits` is float32 (N, 10).
 
 All signs lie in one uint8 tensor, laid out as in models/bitpack.py. Standard operators unpack it: BitShift and
-BitwiseAnd take the bits apart, Cast, Mul and Sub make them -1 and +1, Split and Reshape hand each layer its own. They
-depend on constants only, so a runtime does this once, when it loads the file.
+BitwiseAnd extract the bits, Cast, Mul and Sub make them -1 and +1, Split and Reshape give each layer its weights.
+They depend on constants only, so a runtime does this once, when it loads the file.
 
 In the int8 form activations are quantized to 8 bits; weights are the int8 values -1 and +1 with the channel's scale
-as their quantization step: nothing of the weights is rounded. QuantizeLinear and DequantizeLinear stand around each
-operator ("QDQ"), and the runtime puts integer kernels in place of the three.
+as their quantization step, so the weights are not rounded. QuantizeLinear and DequantizeLinear surround each operator
+("QDQ"), and the runtime replaces the three by an integer kernel.
 
 `onnx` and `onnxruntime` (requirements-onnx.txt) are imported where they are used.
 """
@@ -25,9 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.cli import UserError, reason
-from models import ResNetS
-from models.bitpack import norm_name, pack_bits, scale_and_shift
-from models.resnet_s import weight_layers
+from models import ResNetS, weight_layers
+from models.bitpack import conv_norm_pairs, pack_bits, scale_and_shift
 
 if TYPE_CHECKING:
     import onnx
@@ -47,8 +46,14 @@ def require(*packages: str) -> None:
             ) from error
 
 
+def check_exportable(model: nn.Module, where: Path | str) -> None:
+    """Raise UserError, naming `where`, unless the model is one of models/resnet_s.py, the only ones exported."""
+    if not isinstance(model, ResNetS):
+        raise UserError(f"{where}: only the ResNets of models/resnet_s.py can be exported to ONNX")
+
+
 class _Graph:
-    """Nodes and constants under short names: what is not weights should not take much of the file."""
+    """Nodes and constants under short names, which keep the file small."""
 
     def __init__(self) -> None:
         self.nodes: list[Any] = []
@@ -99,11 +104,11 @@ class _FloatForm:
     def _signs_and_scales(self) -> Tensor:
         """All signs, float32 (weights,). A channel with a negative scale has its signs flipped instead: exact, and
         a quantization step must be positive."""
-        signs = []
+        signs, norms = [], conv_norm_pairs(self.model)
         for name, layer in weight_layers(self.model):
             weight = layer.weight.detach()
             if isinstance(layer, nn.Conv2d):
-                scale, shift = scale_and_shift(self.model.get_submodule(norm_name(name)))
+                scale, shift = scale_and_shift(self.model.get_submodule(norms[name]))
                 weight = torch.where(scale.view(-1, 1, 1, 1) < 0, -weight, weight)
             else:
                 scale, shift = torch.ones(layer.out_features), layer.bias.detach()
@@ -195,12 +200,11 @@ class _FloatForm:
 
     def _shortcut(self, block: nn.Module, x: str) -> str:
         """Every stride-th pixel, and new channels of zeros before and after the old ones."""
-        missing = block.planes - block.conv1.in_channels
-        if block.stride == 1 and missing == 0:
+        if block.stride == 1 and block.added == 0:
             return x
         # The maximum over one pixel is that pixel: runtimes have a faster kernel for it than for slices with steps.
         strided = self.graph.add("MaxPool", x, kernel_shape=[1, 1], strides=[block.stride] * 2)
-        pads = [0, missing // 2, 0, 0, 0, missing - missing // 2, 0, 0]
+        pads = [0, block.added // 2, 0, 0, 0, block.added - block.added // 2, 0, 0]
         return self.graph.add("Pad", strided, self.graph.constant(pads, np.int64), self.zero())
 
     def _classifier(self, features: str) -> None:
@@ -261,7 +265,7 @@ class _Int8Form(_FloatForm):
 
 
 def export(
-    model: ResNetS,
+    model: nn.Module,
     mean: Sequence[float],
     std: Sequence[float],
     calibration: np.ndarray | None = None,
@@ -271,8 +275,9 @@ def export(
     mean, std: of the normalization, one value a channel, where pixels go from 0 to 1.
     calibration: uint8 (N, 32, 32, 3), training images whose activations set the ranges of the int8 form; None for
         the float form.
-    Raises what the ONNX checker raises where the graph is not valid ONNX.
+    Raises UserError for another network than a ResNetS, and what the ONNX checker raises for an invalid graph.
     """
+    check_exportable(model, type(model).__name__)
     import onnx
 
     form = _FloatForm(model, mean, std)

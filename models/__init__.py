@@ -1,7 +1,36 @@
-"""What the network is: architecture, binary weight rule, one-bit packing. Imports nothing else of ours."""
+"""What the network is: architectures, quantizers, binary weights, one bit per weight. Imports nothing else of ours.
 
-from models.binaryconnect import BC
-from models.resnet_s import ARCHITECTURES, ResNetS, build, resnet20, resnet32, resnet44, resnet56, resnet110
+To add a network, write its class in a new file here and enter it in ARCHITECTURES below. That is all:
+training, resuming, evaluation, binarizing and packing find it by that name.
+
+- It takes normalized images, float (N, 3, 32, 32), and returns logits (N, 10).
+- `ARCHITECTURES[name]()` always builds the same layers, newly initialized.
+- Packing folds a BatchNorm that directly follows a convolution into it, if torch.fx can trace `forward`: no `if` on
+  a tensor's values or shape. Every other BatchNorm is kept as it is.
+"""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from models.binaryconnect import BC, weight_layers
+from models.resnet_s import ResNetS, resnet20, resnet32, resnet44, resnet56, resnet110
+
+ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
+    "resnet20": resnet20,
+    "resnet32": resnet32,
+    "resnet44": resnet44,
+    "resnet56": resnet56,
+    "resnet110": resnet110,
+}
+
+
+def build(arch: str) -> nn.Module:
+    """The network of a name in ARCHITECTURES, newly initialized. Raises ValueError for another name."""
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {arch!r}; known are {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[arch]()
+
 
 __all__ = [
     "ARCHITECTURES",
@@ -13,4 +42,5 @@ __all__ = [
     "resnet44",
     "resnet56",
     "resnet110",
+    "weight_layers",
 ]

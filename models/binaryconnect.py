@@ -1,46 +1,37 @@
 """BinaryConnect: train a network whose weights are -1 or +1 in every forward and backward pass.
 
 Courbariaux, Bengio and David, "BinaryConnect: Training Deep Neural Networks with binary weights during
-propagations", 2015 (arXiv:1511.00363), algorithm 1. A step of training is
+propagations", 2015 (arXiv:1511.00363), algorithm 1. A training step is
 
-    bc.binarization()            w_b = sign(w); the latent weights w are put by
+    bc.binarization()            w_b = sign(w); the latent weights w are saved
     loss(bc(images)).backward()  forward and backward with w_b: the gradient is dC/dw_b
-    bc.restore()                 w back in place, so that the gradient is applied to w (straight-through estimator)
+    bc.restore()                 w is back, so the gradient is applied to w (straight-through estimator)
     optimizer.step()
-    bc.clip()                    w clipped to [-1, 1]
+    bc.clip()                    w is clipped to [-1, 1]
+
+models/quantizers.py has sign(w), and how to put another function in its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.resnet_s import weight_layers
+from models.quantizers import Quantizer, deterministic_sign, signs, stochastic_sign
+
+binary_sign = deterministic_sign  # the old name
 
 
-def binary_sign(w: Tensor) -> Tensor:
-    """The binary rule: +1 where w >= 0 (0 and -0.0 included), -1 where w < 0; same shape, dtype and device.
+def weight_layers(model: nn.Module) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
+    """Every Conv2d and Linear of a model with its name, in the order in which the model registers them.
 
-    A NaN stays NaN, never a silent -1, so that it shows in the loss. This is the one place where the sign is
-    decided: training, scoring, the flip rate and the making of binary files all call it; packing and analysis
-    take -1 and +1 as they find them.
+    These are the layers whose weights are binarized.
     """
-    signs = torch.copysign(w.new_ones(()), w + 0.0)  # -0.0 + 0.0 is 0.0; much faster than comparing
-    return torch.where(w.isnan(), w, signs)
-
-
-def stochastic_sign(w: Tensor) -> Tensor:
-    """+1 with probability clip((w + 1) / 2, 0, 1), the "hard sigmoid", else -1 (the paper's equation 2).
-
-    Draws from torch's global generator of w's device. A NaN stays NaN.
-    """
-    probability = ((w + 1) / 2).clamp(0, 1)
-    # rand() lies in [0, 1): it is below 1 always and below 0 never.
-    drawn = torch.where(torch.rand_like(w) < probability, 1.0, -1.0).to(w.dtype)
-    return torch.where(w.isnan(), w, drawn)
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
 
 
 def is_binary(w: Tensor) -> bool:
@@ -49,97 +40,119 @@ def is_binary(w: Tensor) -> bool:
 
 
 class BC(nn.Module):
-    """BinaryConnect around `model`: its Conv2d and Linear weights, all of them, are the binary ones.
+    """BinaryConnect around `model`: the weights of every Conv2d and Linear are quantized, nothing else is.
 
-    Biases and BatchNorm stay as they are. The model's own parameters hold the latent weights outside of
-    `binarization()` ... `restore()`, so an optimizer made from `model.parameters()` works on them. The copies
-    that hold the latent weights meanwhile are non-persistent buffers: they follow `.to()` and `.half()`, and
-    never enter a state_dict, which is always of the weights that the model holds at the moment.
+    Outside of `binarization()` ... `restore()` the model's own parameters hold the latent weights, so an optimizer
+    made from `model.parameters()` works on them. A state_dict holds what the model holds at the moment.
 
-    stochastic: draw the signs with `stochastic_sign` instead of `binary_sign`.
-    Raises ValueError for a model with no Conv2d or Linear.
+    `bc.model` may be replaced; from then on the new network is binarized (and needs an optimizer of its own).
+    Raises RuntimeError for a replacement while the model holds binary weights.
+
+    quantizer: makes the weights of the forward pass from the latent ones; see models/quantizers.py.
+    Raises ValueError for a model without Conv2d or Linear.
     """
 
-    def __init__(self, model: nn.Module, *, stochastic: bool = False) -> None:
+    is_binarized = False
+
+    def __init__(self, model: nn.Module, *, quantizer: Quantizer = deterministic_sign) -> None:
         super().__init__()
         self.model = model
-        self.stochastic = stochastic
-        self.is_binarized = False
-        named_layers = weight_layers(model)
-        if not named_layers:
-            raise ValueError("the model has no Conv2d or Linear whose weights could be binary")
-        self.target_names = [f"{name}.weight" if name else "weight" for name, _ in named_layers]
-        self._layers = [layer for _, layer in named_layers]  # a plain list: registers nothing a second time
-        for i, layer in enumerate(self._layers):
-            self.register_buffer(f"latent_{i}", layer.weight.detach().clone(), persistent=False)
+        self.quantizer = quantizer
+        self._saved: list[Tensor] = []  # the latent weights, while the model holds binary ones
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "model":
+            if self.is_binarized:
+                raise RuntimeError("bc.model holds binary weights; call bc.restore() before replacing it")
+            self._layers = _layers_to_binarize(value)
+        super().__setattr__(name, value)
+
+    @property
+    def quantizer_name(self) -> str:
+        """The quantizer's `__name__`, as checkpoints record it."""
+        return getattr(self.quantizer, "__name__", type(self.quantizer).__name__)
+
+    @property
+    def scoring_quantizer(self) -> Quantizer:
+        """The quantizer of the finished network: the deterministic sign for stochastic signs, else the same one."""
+        return deterministic_sign if self.quantizer is stochastic_sign else self.quantizer
+
+    @property
+    def target_names(self) -> list[str]:
+        """The names within `model` of the `targets()`."""
+        return [f"{name}.weight" if name else "weight" for name, _ in self._layers]
 
     def targets(self) -> list[nn.Parameter]:
-        """The weights that are binarized, in the order of `target_names`."""
-        return [layer.weight for layer in self._layers]
+        """The weights that are binarized, of the layers that the model has now."""
+        if not self.is_binarized:
+            self._layers = _layers_to_binarize(self.model)
+        return [layer.weight for _, layer in self._layers]
 
     def latent_weights(self) -> list[Tensor]:
         """The latent weights, detached, also while the model holds the binary ones. Not copies: do not write."""
+        weights = [weight.detach() for weight in self.targets()]
         if self.is_binarized:
-            return self._shadows()
-        return [weight.detach() for weight in self.targets()]
+            return [saved.to(weight) for saved, weight in zip(self._saved, weights, strict=True)]
+        return weights
 
-    def _shadows(self) -> list[Tensor]:
-        return [self.get_buffer(f"latent_{i}") for i in range(len(self.target_names))]
+    @torch.no_grad()
+    def quantized_weights(self) -> Sequence[Tensor]:
+        """What `scoring_quantizer` makes of the latent weights; changes nothing. For the share that has flipped."""
+        return _quantize(self.scoring_quantizer, self.latent_weights())
 
     @torch.no_grad()
     def save_params(self) -> None:
-        """Copy the latent weights aside. While the model holds binary weights this does nothing: the latent
-        weights are aside already, and copying now would lose them."""
+        """Save a copy of the latent weights. While the model holds binary weights this does nothing: the latent
+        weights are saved already, and copying now would lose them."""
         if self.is_binarized:
             return
-        for i, (shadow, weight) in enumerate(zip(self._shadows(), self.targets(), strict=True)):
-            if (shadow.dtype, shadow.device) == (weight.dtype, weight.device):
-                shadow.copy_(weight)
-            else:  # the model inside was converted or moved by itself
-                setattr(self, f"latent_{i}", weight.detach().clone())
+        weights = self.targets()
+        if [_layout(t) for t in self._saved] != [_layout(t) for t in weights]:
+            self._saved = [torch.empty_like(weight) for weight in weights]
+        torch._foreach_copy_(self._saved, weights)  # one kernel launch for all layers, here and below
+
+    def binarization(self) -> None:
+        """Save the latent weights and put the quantized ones in their place. A second call changes nothing.
+
+        Raises ValueError, with the model untouched, where a latent weight is NaN and the weights are on the CPU.
+        On an accelerator the check would stall the device at each step; there NaN goes through to the loss.
+        """
+        self._binarize(self.quantizer)
 
     @torch.no_grad()
-    def binarization(self, *, stochastic: bool | None = None) -> None:
-        """Put the latent weights aside and -1 or +1 in their place. A second call changes nothing.
-
-        stochastic: overrides the wrapper's own setting for this call.
-        Raises ValueError, with the model untouched, where a latent weight is NaN and the weights are on the CPU.
-        On an accelerator that question would stall the device at each step; there a NaN goes through to the loss.
-        """
+    def _binarize(self, quantizer: Quantizer) -> None:
         if self.is_binarized:
             return
-        targets = self.targets()
-        for name, weight in zip(self.target_names, targets, strict=True):
-            # The sum, NaN where a weight is, is quicker to take; infinite weights of both signs make it NaN as well.
+        self.save_params()
+        weights = self.targets()
+        for name, weight in zip(self.target_names, weights, strict=True):
+            # The sum is NaN where a weight is, and faster; infinite weights of both signs make it NaN as well.
             if weight.device.type == "cpu" and weight.sum().isnan() and weight.isnan().any():
                 raise ValueError(f"{name}: a latent weight is NaN and has no sign")
-        self.save_params()
+        quantized = _quantize(quantizer, weights)
         self.is_binarized = True
-        sign = stochastic_sign if (self.stochastic if stochastic is None else stochastic) else binary_sign
-        for weight in targets:
-            weight.copy_(sign(weight))
+        torch._foreach_copy_(weights, quantized)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the latent weights back, bit for bit. Without a `binarization()` before it, it changes nothing."""
-        if not self.is_binarized:
-            return
-        for weight, shadow in zip(self.targets(), self._shadows(), strict=True):
-            weight.copy_(shadow)
-        self.is_binarized = False
+        if self.is_binarized:
+            torch._foreach_copy_(self.targets(), self._saved)
+            self.is_binarized = False
 
     @torch.no_grad()
     def clip(self) -> None:
         """Clip the latent weights to [-1, 1]: beyond, they would no longer change the sign or its gradient."""
-        for weight in self._shadows() if self.is_binarized else self.targets():
-            weight.clamp_(-1, 1)
+        weights = self._saved if self.is_binarized else self.targets()
+        torch._foreach_clamp_min_(weights, -1.0)
+        torch._foreach_clamp_max_(weights, 1.0)
 
     @contextmanager
     def binarized(self) -> Iterator[BC]:
-        """`with bc.binarized():` binary weights (deterministic ones) inside, the latent ones back afterwards,
-        also after an exception. Nested inside another binarization it leaves that one standing."""
+        """`with bc.binarized():` the weights of `scoring_quantizer` inside, the latent ones afterwards, also after
+        an exception. Nested inside another binarization it leaves that one as it is."""
         outermost = not self.is_binarized
-        self.binarization(stochastic=False)
+        self._binarize(self.scoring_quantizer)
         try:
             yield self
         finally:
@@ -149,6 +162,22 @@ class BC(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The model on x, with whichever weights it holds now."""
         return self.model(x)
+
+
+def _layers_to_binarize(model: nn.Module) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
+    layers = weight_layers(model)
+    if not layers:
+        raise ValueError("the model has no Conv2d or Linear whose weights could be binary")
+    return layers
+
+
+def _layout(t: Tensor) -> tuple[object, ...]:
+    return t.shape, t.stride(), t.dtype, t.device
+
+
+def _quantize(quantizer: Quantizer, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The quantized weights of each layer; for the deterministic sign all layers at once."""
+    return signs(weights) if quantizer is deterministic_sign else [quantizer(weight) for weight in weights]
 
 
 @torch.no_grad()
@@ -162,4 +191,4 @@ def binarize_model(model: nn.Module) -> None:
         if layer.weight.isnan().any():
             raise ValueError(f"{name}.weight: a weight is NaN and has no sign")
     for _, layer in layers:
-        layer.weight.copy_(binary_sign(layer.weight))
+        layer.weight.copy_(deterministic_sign(layer.weight))

@@ -3,26 +3,30 @@
 The packed dictionary holds two tensors, because `torch.save` costs about 285 bytes a tensor:
 
     signs   uint8, ceil(weights / 8): bit i % 8 of byte i // 8 is 1 where weight i is +1. All Conv2d and Linear
-            weights one after the other, in the order of the network, each in row-major order.
-    floats  float32: for each BatchNorm its scales, then its shifts (`batchnorm` "folded"), or its weight, bias,
-            running mean and running variance (`batchnorm` "kept"); last the bias of the classifier.
+            weights one after the other, in the order in which the network registers its layers, each row-major.
+    floats  float32: all other floating-point parameters and buffers, module by module in the same order. With
+            `batchnorm` "folded", a BatchNorm2d that directly follows a Conv2d is stored as a scale and a shift per
+            channel, which take in the convolution's bias. With "kept" it is stored as it is, and so is any other
+            BatchNorm in either form: weight, bias, running mean, running variance.
 
-Which weights these are follows from the architecture's name alone, so a file cannot declare a size of its own.
+For a ResNet the folded floats are the scales, then the shifts of each BatchNorm, and last the classifier's bias.
+The architecture's name alone determines how many numbers there are, so a file cannot declare a size of its own.
 """
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from models.binaryconnect import is_binary
-from models.resnet_s import ResNetS, build, weight_layers
+from models import build
+from models.binaryconnect import is_binary, weight_layers
 
 KIND = "binary_1bit"
-_KEPT = ("weight", "bias", "running_mean", "running_var")
 
 
 def pack_bits(w: Tensor) -> Tensor:
@@ -61,114 +65,159 @@ class ScaleShift(nn.Module):
         return x * self.scale[:, None, None] + self.shift[:, None, None]
 
 
-def norm_name(conv_name: str) -> str:
-    """The name of the normalization that follows a convolution: layer1.0.conv2 -> layer1.0.bn2."""
-    return conv_name.replace("conv", "bn")
-
-
-def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def scale_and_shift(norm: nn.Module, conv_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scale and shift, float32 (C,) each, of a BatchNorm in evaluation mode or of a ScaleShift.
 
-    scale = weight / sqrt(running_var + eps), shift = bias - running_mean * scale; worked out in float64.
+    scale = weight / sqrt(running_var + eps), shift = bias - running_mean * scale, computed in float64.
+    conv_bias: of the convolution before it; adds conv_bias * scale to the shift.
     """
+
+    def on_cpu(t: Tensor) -> Tensor:
+        return t.detach().cpu().double()  # the CPU, because MPS has no float64
+
     if isinstance(norm, ScaleShift):
-        return norm.scale, norm.shift
-    weight, bias, mean, variance = (getattr(norm, field).detach().cpu().double() for field in _KEPT)  # MPS has none
-    scale = weight / (variance + norm.eps).sqrt()
-    shift = bias - mean * scale
-    device = norm.weight.device
+        device, scale, shift = norm.scale.device, on_cpu(norm.scale), on_cpu(norm.shift)
+    else:
+        device = norm.running_var.device
+        scale = (on_cpu(norm.weight) if norm.affine else 1) / (on_cpu(norm.running_var) + norm.eps).sqrt()
+        shift = (on_cpu(norm.bias) if norm.affine else 0) - on_cpu(norm.running_mean) * scale
+    if conv_bias is not None:
+        shift = shift + on_cpu(conv_bias) * scale
     return scale.float().to(device), shift.float().to(device)
 
 
-def pack_model(model: ResNetS, arch: str, *, keep_batchnorm: bool = False) -> dict[str, Any]:
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, ScaleShift) or super().is_leaf_module(m, module_qualified_name)
+
+
+def conv_norm_pairs(model: nn.Module) -> dict[str, str]:
+    """Which normalization directly follows which convolution: the name of the Conv2d -> the name of its BatchNorm2d
+    (or ScaleShift), in the order of the forward pass.
+
+    The forward pass is traced with torch.fx; names mean nothing. There is no pair where the convolution's output has
+    a second use, where one of the two is used twice, or where BatchNorm has no running statistics. A model that
+    torch.fx cannot trace has no pairs.
+    """
+    try:
+        nodes = list(_Tracer().trace(model).nodes)
+    except Exception:  # tracing runs the network's own code, which may raise anything
+        return {}
+    uses = Counter(node.target for node in nodes if node.op == "call_module")
+    uses.update(node.target.rpartition(".")[0] for node in nodes if node.op == "get_attr")
+    pairs = {}
+    for node in nodes:
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
+            continue
+        conv, norm = model.get_submodule(before.target), model.get_submodule(node.target)
+        foldable = isinstance(norm, ScaleShift) or (isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None)
+        if isinstance(conv, nn.Conv2d) and foldable and uses[before.target] == uses[node.target] == 1:
+            pairs[before.target] = node.target
+    return pairs
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` in the place of `old`, under each of its names."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            model.set_submodule(name, new)
+
+
+@torch.no_grad()
+def fold_normalization(model: nn.Module) -> nn.Module:
+    """Multiply each scale into its convolution and add the shift as its bias; changes `model` and returns it, in
+    evaluation mode. Normalization that does not directly follow a convolution stays (see `conv_norm_pairs`).
+
+    w' = w * scale per output channel, b' = shift: exact but for float rounding, in evaluation mode only.
+    """
+    for conv_name, norm_name in conv_norm_pairs(model.eval()).items():
+        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
+        scale, shift = scale_and_shift(norm, conv.bias)
+        conv.weight = nn.Parameter(conv.weight * scale[:, None, None, None], requires_grad=False)
+        conv.bias = nn.Parameter(shift, requires_grad=False)
+        _replace(model, norm, nn.Identity())
+    return model
+
+
+def _reduce_normalization(model: nn.Module) -> nn.Module:
+    """Replace each BatchNorm that could be folded by its ScaleShift, which takes in the convolution's bias; changes
+    `model` and returns it, in evaluation mode."""
+    for conv_name, norm_name in conv_norm_pairs(model.eval()).items():
+        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
+        _replace(model, norm, ScaleShift(*scale_and_shift(norm, conv.bias)))
+        conv.bias = None
+    return model
+
+
+def _floats(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Everything in floating point but the binary weights, in a fixed order: (field name, tensor)."""
+    binary = {id(layer.weight) for _, layer in weight_layers(model)}
+    return [
+        (name, t.detach())
+        for module in model.modules()
+        for name, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        if t.is_floating_point() and id(t) not in binary
+    ]
+
+
+def pack_model(model: nn.Module, arch: str, *, keep_batchnorm: bool = False) -> dict[str, Any]:
     """The packed dictionary of a network whose Conv2d and Linear weights are all -1 or +1.
 
-    Returns arch, kind, batchnorm, signs and floats (see the module's docstring).
-    Raises ValueError naming the layer where a weight is neither.
+    arch: its name in `models.ARCHITECTURES`. Returns arch, kind, batchnorm, signs and floats (see the module's
+    docstring). Raises ValueError naming the layer where a weight is neither -1 nor +1.
     """
-    for name, layer in weight_layers(model):
+    layers = weight_layers(model)
+    for name, layer in layers:
         if not is_binary(layer.weight):
             raise ValueError(f"{name}.weight holds values other than -1 and +1")
-    signs = pack_bits(torch.cat([layer.weight.detach().reshape(-1) for _, layer in weight_layers(model)]))
-    floats: list[Tensor] = []
-    for norm in _norms(model):
-        floats += [getattr(norm, field).detach() for field in _KEPT] if keep_batchnorm else scale_and_shift(norm)
-    floats.append(model.linear.bias.detach())
+    reduced = model if keep_batchnorm else _reduce_normalization(copy.deepcopy(model))
     return {
         "arch": arch,
         "kind": KIND,
         "batchnorm": "kept" if keep_batchnorm else "folded",
-        "signs": signs,
-        "floats": torch.cat([f.cpu().float() for f in floats]),
+        "signs": pack_bits(torch.cat([layer.weight.detach().reshape(-1) for _, layer in layers])),
+        "floats": torch.cat([torch.empty(0), *(t.cpu().float().reshape(-1) for _, t in _floats(reduced))]),
     }
 
 
-def unpack_model(packed: dict[str, Any], *, fold: bool = True) -> ResNetS:
+@torch.no_grad()
+def unpack_model(packed: dict[str, Any], *, fold: bool = True) -> nn.Module:
     """The network of a packed dictionary, on the CPU, in evaluation mode.
 
     fold: multiply the scales into the convolutions, whose weights are then +-scale, and drop the normalization
-    (the fast form; equal to the other to float rounding). With fold=False the weights are -1 and +1, each
-    convolution followed by its ScaleShift, or by its BatchNorm where the file kept it.
+    (the fast form; equal to the other to float rounding). With fold=False the weights are -1 and +1, and each
+    convolution is followed by its ScaleShift, or by its BatchNorm where the file kept it.
     Raises ValueError for an unknown architecture or tensors that are not those of the architecture.
     """
-    model = build(packed["arch"])
-    layers = [layer for _, layer in weight_layers(model)]
-    counts = [layer.weight.numel() for layer in layers]
-    with torch.no_grad():
-        for layer, signs in zip(layers, unpack_bits(packed["signs"], sum(counts)).split(counts), strict=True):
-            layer.weight.copy_(signs.view_as(layer.weight))
-    _load_floats(model, packed["floats"], kept=packed["batchnorm"] == "kept")
-    model.eval()
+    model = build(packed["arch"]).eval()
+    if packed["batchnorm"] == "folded":
+        _reduce_normalization(model)
+    weights = [layer.weight for _, layer in weight_layers(model)]
+    counts = [weight.numel() for weight in weights]
+    for weight, signs in zip(weights, unpack_bits(packed["signs"], sum(counts)).split(counts), strict=True):
+        weight.copy_(signs.view_as(weight))
+    _load_floats(_floats(model), packed["floats"])
     return fold_normalization(model) if fold else model
 
 
-def _load_floats(model: ResNetS, floats: Tensor, *, kept: bool) -> None:
-    norms = _norms(model)
-    fields = 4 if kept else 2
-    sizes = [norm.num_features for norm in norms for _ in range(fields)] + [model.linear.bias.numel()]
+def _load_floats(fields: list[tuple[str, Tensor]], floats: Tensor) -> None:
+    sizes = [t.numel() for _, t in fields]
     if floats.dtype != torch.float32 or tuple(floats.shape) != (sum(sizes),):
         raise ValueError(f"{sum(sizes)} float32 values are needed, not {tuple(floats.shape)} of {floats.dtype}")
     if not floats.isfinite().all():
-        raise ValueError("a scale, shift or bias is not finite")
-    parts = list(floats.split(sizes))
-    if kept and any((variance < 0).any() for variance in parts[3::4]):
-        raise ValueError("a running variance is negative")
-    with torch.no_grad():
-        model.linear.bias.copy_(parts.pop())
-        for i, (name, _) in enumerate(_convolutions(model)):
-            values = parts[i * fields : (i + 1) * fields]
-            if kept:
-                for field, value in zip(_KEPT, values, strict=True):
-                    getattr(norms[i], field).copy_(value)
-            else:
-                model.set_submodule(norm_name(name), ScaleShift(*(v.clone() for v in values)))
+        raise ValueError("a scale, shift or another number is not finite")
+    for (name, t), values in zip(fields, floats.split(sizes), strict=True):
+        if name == "running_var" and (values < 0).any():
+            raise ValueError("a running variance is negative")
+        t.copy_(values.view_as(t))
 
 
-@torch.no_grad()
-def fold_normalization(model: ResNetS) -> ResNetS:
-    """Multiply each scale into its convolution and add the shift as its bias; changes `model` and returns it.
+def information_bytes(model: nn.Module, *, float_bytes: int = 4) -> int:
+    """Bytes that the packed network cannot do without: one bit a weight, and its folded floats.
 
-    w' = w * scale per output channel, b' = shift: exact but for float rounding, in evaluation mode only.
+    39,086 for ResNet-20 with 4-byte floats, 36,314 with 2-byte ones.
     """
-    for name, conv in _convolutions(model):
-        scale, shift = scale_and_shift(model.get_submodule(norm_name(name)))
-        conv.weight = nn.Parameter(conv.weight * scale[:, None, None, None], requires_grad=False)
-        conv.bias = nn.Parameter(shift.clone(), requires_grad=False)
-        model.set_submodule(norm_name(name), nn.Identity())
-    return model.eval()
-
-
-def _convolutions(model: ResNetS) -> list[tuple[str, nn.Conv2d]]:
-    return [(name, layer) for name, layer in weight_layers(model) if isinstance(layer, nn.Conv2d)]
-
-
-def _norms(model: ResNetS) -> list[nn.Module]:
-    return [model.get_submodule(norm_name(name)) for name, _ in _convolutions(model)]
-
-
-def information_bytes(model: ResNetS, *, float_bytes: int = 4) -> int:
-    """Bytes that the packed network cannot do without: one bit a weight, one scale and one shift a channel, and
-    the classifier's bias. 39,086 for ResNet-20 with 4-byte floats, 36,314 with 2-byte ones."""
     weights = sum(layer.weight.numel() for _, layer in weight_layers(model))
-    channels = sum(conv.out_channels for _, conv in _convolutions(model))
-    return (weights + 7) // 8 + float_bytes * (2 * channels + model.linear.bias.numel())
+    floats = sum(t.numel() for _, t in _floats(_reduce_normalization(copy.deepcopy(model))))
+    return (weights + 7) // 8 + float_bytes * floats

@@ -20,20 +20,20 @@ from collections.abc import Iterable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+DEPTHS = (20, 32, 44, 56, 110)
 NUM_CLASSES = 10
 WIDTHS = (16, 32, 64)
 
 
-def shortcut_a(x: Tensor, planes: int, stride: int) -> Tensor:
-    """The parameter-free shortcut "option A": every stride-th pixel, new channels filled with zeros.
+def shortcut_a(x: Tensor, added: int, stride: int) -> Tensor:
+    """The parameter-free shortcut "option A": every stride-th pixel, and `added` new channels of zeros.
 
-    x: (N, C, H, W); returns (N, planes, H / stride, W / stride). Half of the zeros go before the old
+    x: (N, C, H, W); returns (N, C + added, H / stride, W / stride). Half of the zeros go before the old
     channels and half after, as the published checkpoints assume.
     """
-    missing = planes - x.shape[1]
-    if stride == 1 and missing == 0:
+    if stride == 1 and added == 0:
         return x
-    return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, missing // 2, missing - missing // 2))
+    return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, added // 2, added - added // 2))
 
 
 class BasicBlock(nn.Module):
@@ -41,7 +41,7 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
         super().__init__()
-        self.planes, self.stride = planes, stride
+        self.added, self.stride = planes - in_planes, stride  # what the shortcut has to make up for
         self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
@@ -50,7 +50,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return F.relu(out + shortcut_a(x, self.planes, self.stride))
+        return F.relu(out + shortcut_a(x, self.added, self.stride))
 
 
 class ResNetS(nn.Module):
@@ -114,23 +114,20 @@ def resnet110() -> ResNetS:
     return ResNetS(110)
 
 
-ARCHITECTURES = {f.__name__: f for f in (resnet20, resnet32, resnet44, resnet56, resnet110)}
-
-
-def build(arch: str) -> ResNetS:
-    """The network of a name in ARCHITECTURES, newly initialized. Raises ValueError for another name."""
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {arch!r}; known are {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[arch]()
-
-
 def architecture_of(keys: Iterable[str]) -> str | None:
-    """The architecture whose parameter names these could be, told by the number of blocks; None if none fits."""
+    """The ResNet whose parameter names these could be, told by the number of blocks; None if none fits.
+
+    For files of others, which do not name their architecture.
+    """
     blocks = {int(m[1]) for m in (re.match(r"layer1\.(\d{1,3})\.", key) for key in keys) if m}
-    arch = f"resnet{6 * len(blocks) + 2}"
-    return arch if arch in ARCHITECTURES and blocks == set(range(len(blocks))) else None
+    depth = 6 * len(blocks) + 2
+    return f"resnet{depth}" if depth in DEPTHS and blocks == set(range(len(blocks))) else None
 
 
-def weight_layers(model: nn.Module) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
-    """Every Conv2d and Linear of a model with its name, in the order of the forward pass."""
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+def __getattr__(name: str) -> object:
+    """Names that have moved to `models`, for importers that have not."""
+    if name in ("ARCHITECTURES", "build", "weight_layers"):
+        import models
+
+        return getattr(models, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,20 +16,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_binary
 from engine.training.run import Run
-from engine.training.tracking import FlipRateMeter
 from models import BC, build
-from models.binaryconnect import binarize_model, binary_sign, is_binary, stochastic_sign
-from models.bitpack import pack_bits, pack_model, unpack_bits, unpack_model
-from models.resnet_s import weight_layers
+from models.binaryconnect import binarize_model, is_binary
+from models.bitpack import pack_model, unpack_model
+from models.quantizers import SIGN_QUANTIZERS, Quantizer, deterministic_sign, signs, stochastic_sign
 
 # Zeros of both signs, denormals, the neighbors of 0 and of 1, infinities.
 SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-40, -1e-40, 1.2e-38, -1.2e-38, 1.0, -1.0, 0.99999994, -0.99999994]
 SPECIAL += [1.0000001, -1.0000001, 3e38, -3e38, math.inf, -math.inf, 0.5, -0.5]
 values = st.lists(st.one_of(st.sampled_from(SPECIAL), st.floats(width=32, allow_nan=False)), min_size=1, max_size=24)
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+def ternary(w: Tensor) -> Tensor:
+    """A third quantizer: -1, 0, +1 with a threshold of 0.3."""
+    return torch.where(w.abs() < 0.3, 0.0, w.sign()).to(w.dtype)
 
 
 def bits(tensors: list[Tensor]) -> list[tuple[torch.dtype, bytes]]:
@@ -52,7 +56,7 @@ def fill(model: nn.Module, numbers: list[float]) -> nn.Module:
 
 
 def small_model() -> nn.Module:
-    """Every kind of layer, nested; the weights are 36 + 27 + 8 + 6 numbers."""
+    """Every kind of layer, nested; the weights are 36 + 12 + 6 + 6 numbers."""
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, groups=2, padding=1),
         nn.BatchNorm2d(4),
@@ -65,30 +69,29 @@ def small_model() -> nn.Module:
     )
 
 
+def weights_of(model: nn.Module) -> list[Tensor]:
+    return [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+
+
 def others(model: nn.Module) -> list[Tensor]:
     """Everything a model holds but the weights of Conv2d and Linear."""
-    weights = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    weights = {id(w) for w in weights_of(model)}
     return [t for t in [*model.parameters(), *model.buffers()] if id(t) not in weights]
 
 
-# -- the rule --------------------------------------------------------------------------------------------------
+# -- quantizers ------------------------------------------------------------------------------------------------
 
 
 @quick
 @given(values, st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]))
 def test_the_sign_is_plus_one_from_zero_on(numbers, dtype):
     w = torch.tensor(numbers, dtype=torch.float64).to(dtype)
-    signs = binary_sign(w)
-    assert signs.dtype == dtype
-    assert signs.tolist() == by_hand(w)
+    found = deterministic_sign(w)
+    assert found.dtype == dtype
+    assert found.tolist() == by_hand(w)
 
 
-def test_the_sign_of_zeros_denormals_and_infinities():
-    w = torch.tensor([0.0, -0.0, 1e-45, -1e-45, math.inf, -math.inf])
-    assert binary_sign(w).tolist() == [1, 1, 1, -1, 1, -1]
-
-
-@pytest.mark.parametrize("sign", [binary_sign, stochastic_sign])
+@pytest.mark.parametrize("sign", SIGN_QUANTIZERS.values())
 def test_nan_stays_nan(sign):
     assert sign(torch.tensor([1.0, math.nan])).isnan().tolist() == [False, True]
 
@@ -125,24 +128,33 @@ def test_stochastic_signs_are_drawn_anew_from_the_seed():
     assert not torch.equal(first, second)
 
 
+def test_a_quantizer_of_ones_own_trains_and_is_scored_with_itself():
+    torch.manual_seed(0)
+    bc = BC(fill(small_model(), [0.9, -0.2, 0.1, -0.6, 0.4]), quantizer=ternary)
+    assert bc.quantizer_name == "ternary"
+    step, labels = make_step(bc, "adam", latent_lr=0.05), torch.arange(16) % 3
+    images, before = torch.randn(16, 2, 3, 3), bits(bc.quantized_weights())
+    losses = [step(images, labels)[0].item() for _ in range(30)]
+    assert losses[-1] < losses[0]
+    latent = [w.detach().clone() for w in bc.targets()]
+    quantized = bits([ternary(w) for w in latent])
+    assert quantized != before
+    assert bits(bc.quantized_weights()) == quantized
+    with bc.binarized():
+        assert bits(bc.targets()) == bits(bc.quantized_weights()) == quantized
+    assert bits(bc.targets()) == bits(latent)
+
+
+def test_stochastic_signs_are_scored_with_the_deterministic_ones():
+    bc = BC(fill(small_model(), SPECIAL), quantizer=stochastic_sign)
+    assert bc.quantizer_name == "stochastic_sign"
+    expected = [by_hand(w) for w in bc.targets()]
+    assert [w.reshape(-1).tolist() for w in bc.quantized_weights()] == expected
+    with bc.binarized():
+        assert [w.reshape(-1).tolist() for w in bc.targets()] == expected
+
+
 # -- the wrapper -----------------------------------------------------------------------------------------------
-
-
-@quick
-@given(values, st.booleans())
-def test_every_weight_becomes_binary_and_nothing_else_changes(numbers, stochastic):
-    model = fill(small_model(), numbers)
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    before, rest = [layer.weight.detach().clone() for layer in layers], bits(others(model))
-    bc = BC(model, stochastic=stochastic)
-    bc.binarization()
-    assert all(is_binary(layer.weight) for layer in layers)
-    if not stochastic:
-        assert [layer.weight.reshape(-1).tolist() for layer in layers] == [by_hand(w) for w in before]
-    assert bits(others(model)) == rest
-    bc.restore()
-    assert bits([layer.weight for layer in layers]) == bits(before)
-    assert bits(others(model)) == rest
 
 
 def test_the_first_convolution_and_the_classifier_are_binarized_too():
@@ -153,9 +165,9 @@ def test_the_first_convolution_and_the_classifier_are_binarized_too():
 
 
 @quick
-@given(values, st.sampled_from(["adam", "sgd"]), st.booleans())
-def test_after_a_step_and_clip_the_latent_weights_are_within_one(numbers, optimizer, stochastic):
-    bc = BC(fill(small_model(), [n for n in numbers if abs(n) <= 1] or [0.25]), stochastic=stochastic)
+@given(values, st.sampled_from(["adam", "sgd"]), st.sampled_from(list(SIGN_QUANTIZERS.values())))
+def test_after_a_step_and_clip_the_latent_weights_are_within_one(numbers, optimizer, quantizer):
+    bc = BC(fill(small_model(), [n for n in numbers if abs(n) <= 1] or [0.25]), quantizer=quantizer)
     step = make_step(bc, optimizer, latent_lr=10.0)
     torch.manual_seed(0)
     for _ in range(2):
@@ -163,21 +175,11 @@ def test_after_a_step_and_clip_the_latent_weights_are_within_one(numbers, optimi
         assert all((w.abs() <= 1).all() for w in bc.targets())
 
 
-@quick
-@given(values)
-def test_clip_also_reaches_latent_weights_that_are_put_aside(numbers):
-    bc = BC(fill(small_model(), numbers))
-    with bc.binarized():
-        bc.clip()
-        assert all(is_binary(w) for w in bc.targets())
-    assert all((w.abs() <= 1).all() for w in bc.targets())
-
-
-@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("quantizer", [*SIGN_QUANTIZERS.values(), ternary])
 @pytest.mark.parametrize("layer", [0, 2, 5])
-def test_nan_is_an_error_and_the_model_untouched(layer, stochastic):
+def test_nan_is_an_error_and_the_model_untouched(layer, quantizer):
     model = fill(small_model(), [0.25, -0.5])
-    bc = BC(model, stochastic=stochastic)
+    bc = BC(model, quantizer=quantizer)
     name = next(n for n in bc.target_names if n.startswith(str(layer)))
     with torch.no_grad():
         model.get_parameter(name).view(-1)[1] = math.nan
@@ -193,26 +195,14 @@ def test_nan_is_an_error_and_the_model_untouched(layer, stochastic):
     assert bits(list(model.state_dict().values())) == before
 
 
-def test_a_failing_forward_pass_leaves_the_latent_weights():
-    bc = BC(fill(small_model(), [0.25, -0.5, 0.0]))
-    before = bits(bc.targets())
-    with pytest.raises(RuntimeError), bc.binarized():
-        bc(torch.zeros(1, 7, 3, 3))
-    assert bits(bc.targets()) == before
-    assert not bc.is_binarized
-
-
-def test_a_failure_in_the_middle_of_binarizing_loses_nothing(monkeypatch):
-    bc = BC(fill(small_model(), [0.25, -0.5]))
-    before, calls = bits(bc.targets()), []
-
+def test_a_quantizer_that_fails_leaves_the_latent_weights():
     def failing(w: Tensor) -> Tensor:
-        calls.append(w)
-        if len(calls) == 3:
+        if w.numel() == 12:  # the second of four layers
             raise MemoryError
         return torch.ones_like(w)
 
-    monkeypatch.setattr("models.binaryconnect.binary_sign", failing)
+    bc = BC(fill(small_model(), [0.25, -0.5]), quantizer=failing)
+    before = bits(bc.targets())
     with pytest.raises(MemoryError):
         bc.binarization()
     bc.restore()
@@ -224,57 +214,73 @@ def test_a_model_with_nothing_to_binarize_is_refused():
         BC(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
 
 
+def test_another_network_in_the_place_of_the_first_is_binarized():
+    bc, other = BC(small_model()), fill(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(4, 3)), SPECIAL)
+    bc.binarization()
+    bc.restore()
+    bc.model = other
+    before = bits(weights_of(other))
+    assert bc.target_names == ["0.weight", "2.weight"]
+    with bc.binarized():
+        assert all(is_binary(w) for w in weights_of(other))
+    assert bits(bc.targets()) == bits(weights_of(other)) == before
+    bc.clip()
+    assert all((w.abs() <= 1).all() for w in weights_of(other))
+    other[2] = nn.Linear(4, 7)  # another classifier inside
+    with bc.binarized():
+        assert is_binary(other[2].weight)
+    with pytest.raises(ValueError, match="Conv2d or Linear"):
+        bc.model = nn.ReLU()
+    assert bc.model is other
+
+
+def test_the_network_is_not_replaced_while_it_is_binarized():
+    bc = BC(fill(small_model(), SPECIAL))
+    model, before = bc.model, bits(bc.targets())
+    with bc.binarized(), pytest.raises(RuntimeError, match="restore"):
+        bc.model = small_model()
+    assert bc.model is model
+    assert bits(bc.targets()) == before
+
+
 @pytest.mark.parametrize("convert", ["half", "double", "bfloat16"])
 @pytest.mark.parametrize("whole", [True, False], ids=["wrapper", "inner model"])
 def test_latent_weights_follow_a_change_of_dtype(convert, whole):
     bc = BC(fill(small_model(), SPECIAL[:14]))
-    getattr(bc if whole else bc.model, convert)()
+    converted = [getattr(w.detach().clone(), convert)() for w in bc.targets()]
+    with bc.binarized():
+        getattr(bc if whole else bc.model, convert)()
+        assert all(is_binary(w) for w in bc.targets())
+        assert bits(bc.latent_weights()) == bits(converted)
+    assert bits(bc.targets()) == bits(converted)
     if convert == "double":
         with torch.no_grad():
-            bc.targets()[0].add_(1e-12)  # what float32 could not hold
-    before = bits(bc.targets())
+            converted[0].add_(1e-12)  # float32 could not hold it
+            bc.targets()[0].add_(1e-12)
     with bc.binarized():
-        assert all(is_binary(w) for w in bc.targets())
-        assert [w.dtype for w in bc.latent_weights()] == [w.dtype for w in bc.targets()]
-    assert bits(bc.targets()) == before
-
-
-@pytest.mark.parametrize("convert", ["half", "double"])
-def test_a_change_of_dtype_while_binarized_converts_the_latent_weights(convert):
-    bc = BC(fill(small_model(), SPECIAL[:14]))
-    converted = [getattr(w.detach().clone(), convert)() for w in bc.targets()]
-    bc.binarization()
-    getattr(bc, convert)()
-    assert all(is_binary(w) for w in bc.targets())
-    bc.restore()
+        assert bits(bc.latent_weights()) == bits(converted)
     assert bits(bc.targets()) == bits(converted)
 
 
-def test_the_shadow_copies_are_where_the_weights_are():
-    bc = BC(small_model())
+def test_a_step_takes_few_operations_and_all_where_the_weights_are():
+    """On a GPU each is a kernel launch or two. The meta device stands for any other than the CPU."""
+    operations = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            operations.append(func)
+            return func(*args, **(kwargs or {}))
+
+    bc = BC(build("resnet20").to("meta"))
+    for _ in range(2):
+        operations.clear()
+        with Record():
+            bc.binarization()
+            bc.restore()
+            bc.clip()
+    assert len(operations) <= 12
     bc.binarization()
-    bc.to("meta")  # stands for any other device
     assert {t.device.type for t in [*bc.targets(), *bc.latent_weights()]} == {"meta"}
-
-
-def test_a_state_dict_is_what_the_model_holds():
-    """Latent weights as a rule, binary ones while binarized; never the shadow copies."""
-    bc = BC(fill(small_model(), SPECIAL))
-    latent = copy.deepcopy(bc.state_dict())
-    assert list(latent) == [f"model.{name}" for name in bc.model.state_dict()]
-    with bc.binarized():
-        held = copy.deepcopy(bc.state_dict())
-    assert list(held) == list(latent)
-    for name in bc.target_names:
-        assert held[f"model.{name}"].reshape(-1).tolist() == by_hand(latent[f"model.{name}"])
-    fresh = BC(small_model())
-    fresh.load_state_dict(latent, strict=True)
-    assert bits(fresh.targets()) == bits(bc.targets())
-    fresh.load_state_dict(held)
-    before = bits(fresh.targets())
-    with fresh.binarized():
-        assert bits(fresh.targets()) == before  # signs of signs are the signs
-    assert bits(fresh.targets()) == before
 
 
 def test_weights_that_replace_the_old_ones_are_found():
@@ -283,8 +289,8 @@ def test_weights_that_replace_the_old_ones_are_found():
     bc.model.load_state_dict(copy.deepcopy(other.state_dict()), assign=True)
     before = bits(bc.targets())
     with bc.binarized():
-        assert all(is_binary(layer.weight) for _, layer in weight_layers(bc.model))
-    assert bits(bc.targets()) == before == bits([layer.weight for _, layer in weight_layers(other)])
+        assert all(is_binary(w) for w in weights_of(bc.model))
+    assert bits(bc.targets()) == before == bits(weights_of(other))
 
 
 def test_layers_that_share_a_weight_are_restored():
@@ -312,11 +318,13 @@ def compiled(module: nn.Module) -> nn.Module:
     return torch.compile(module, backend="eager", dynamic=False)
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, Wrapper, compiled, lambda bc: compiled(Wrapper(bc))])
-def test_wrappers_around_see_binary_weights_inside_and_latent_ones_outside(wrap):
-    bc = BC(fill(small_model(), [0.3, -0.2, 0.0, 0.7, -0.9]).eval())
-    reference = copy.deepcopy(bc.model)
-    network, x = wrap(bc), torch.randn(2, 2, 4, 4)
+@pytest.mark.parametrize("wrap", [nn.DataParallel, Wrapper, compiled, lambda module: compiled(Wrapper(module))])
+@pytest.mark.parametrize("inside", [False, True], ids=["around BC", "inside BC"])
+def test_wrappers_see_binary_weights_inside_and_latent_ones_outside(wrap, inside):
+    model = fill(small_model(), [0.3, -0.2, 0.0, 0.7, -0.9]).eval()
+    reference, x = copy.deepcopy(model), torch.randn(2, 2, 4, 4)
+    bc = BC(wrap(model) if inside else model)
+    network = bc if inside else wrap(bc)
     latent = reference(x)
     binarize_model(reference)
     for _ in range(2):  # a compiled network must not have kept the weights it was compiled with
@@ -324,18 +332,6 @@ def test_wrappers_around_see_binary_weights_inside_and_latent_ones_outside(wrap)
         with bc.binarized():
             torch.testing.assert_close(network(x), reference(x))
     assert not torch.allclose(latent, reference(x))
-
-
-@pytest.mark.parametrize("wrap", [nn.DataParallel, Wrapper, compiled])
-def test_a_wrapped_model_inside_is_binarized(wrap):
-    inner = fill(small_model(), [0.3, -0.2, 0.0])
-    bc = BC(wrap(inner))
-    assert len(bc.targets()) == 4
-    before = bits(bc.targets())
-    with bc.binarized():
-        assert all(is_binary(layer.weight) for _, layer in weight_layers(inner))
-        bc(torch.randn(2, 2, 4, 4))
-    assert bits(bc.targets()) == before
 
 
 def test_gradients_are_those_at_the_binary_weights():
@@ -355,28 +351,32 @@ def test_gradients_are_those_at_the_binary_weights():
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Whatever is called in whatever order: the weights are the latent ones or exactly -1 and +1, and the latent
+    """Whatever is called in whatever order: the weights are the latent ones or the quantizer's, and the latent
     ones are bit for bit what only a step, a clip or a load may make of them."""
 
-    @initialize(numbers=values, stochastic=st.booleans())
-    def start(self, numbers: list[float], stochastic: bool) -> None:
-        self.bc = BC(fill(small_model(), numbers), stochastic=stochastic)
+    @initialize(numbers=values, quantizer=st.sampled_from([deterministic_sign, stochastic_sign, ternary]))
+    def start(self, numbers: list[float], quantizer: Quantizer) -> None:
+        self.bc = BC(fill(small_model(), numbers), quantizer=quantizer)
         self.latent = [w.detach().clone() for w in self.bc.targets()]
-        self.signs: list[Tensor] | None = None
+        self.quantized: list[Tensor] | None = None
         self.rest = bits(others(self.bc.model))
 
-    @rule(stochastic=st.sampled_from([None, False, True]))
-    def binarize(self, stochastic: bool | None) -> None:
-        self.bc.binarization(stochastic=stochastic)
-        if self.signs is None:
-            self.signs = [w.detach().clone() for w in self.bc.targets()]
-            if not (self.bc.stochastic if stochastic is None else stochastic):
-                assert [s.reshape(-1).tolist() for s in self.signs] == [by_hand(w) for w in self.latent]
+    @rule()
+    def binarize(self) -> None:
+        self.bc.binarization()
+        if self.quantized is None:
+            self.quantized = [w.detach().clone() for w in self.bc.targets()]
+            if self.bc.quantizer is deterministic_sign:
+                assert [s.reshape(-1).tolist() for s in self.quantized] == [by_hand(w) for w in self.latent]
+            elif self.bc.quantizer is stochastic_sign:
+                assert all(is_binary(w) for w in self.quantized)
+            else:
+                assert bits(self.quantized) == bits([ternary(w) for w in self.latent])
 
     @rule()
     def restore(self) -> None:
         self.bc.restore()
-        self.signs = None
+        self.quantized = None
 
     @rule()
     def save(self) -> None:
@@ -389,10 +389,10 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(fails=st.booleans(), again=st.booleans())
     def context(self, fails: bool, again: bool) -> None:
-        standing = bits(self.signs) if self.signs is not None else None
+        standing = bits(self.quantized) if self.quantized is not None else None
         try:
             with self.bc.binarized():
-                assert standing in (None, bits(self.bc.targets()))
+                assert bits(self.bc.targets()) == (standing or bits(self.bc.quantized_weights()))
                 if again:
                     with self.bc.binarized():
                         self.bc.binarization()
@@ -403,10 +403,10 @@ class AnyOrder(RuleBasedStateMachine):
             assert fails
 
     @rule()
-    def go_on_with_a_copy(self) -> None:
+    def continue_with_a_copy(self) -> None:
         old, self.bc = self.bc, copy.deepcopy(self.bc)
-        with torch.no_grad():  # nothing of the copy is the old one's
-            for tensor in [*old.parameters(), *old.buffers()]:
+        with torch.no_grad():  # the copy shares nothing with the old one
+            for tensor in [*old.parameters(), *old.buffers(), *old.latent_weights()]:
                 tensor.fill_(7)
 
     @rule()
@@ -415,18 +415,19 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule()
     def read_the_state(self) -> None:
-        state = self.bc.state_dict()
-        held = self.signs or self.latent
+        state = self.bc.state_dict()  # never holds the saved copies
+        assert list(state) == [f"model.{name}" for name in self.bc.model.state_dict()]
+        held = self.quantized or self.latent
         assert bits([state[f"model.{name}"] for name in self.bc.target_names]) == bits(held)
 
-    @precondition(lambda self: self.signs is None)
+    @precondition(lambda self: self.quantized is None)
     @rule()
     def load_into_another(self) -> None:
         state = copy.deepcopy(self.bc.state_dict())
-        self.bc = BC(small_model(), stochastic=self.bc.stochastic)
+        self.bc = BC(small_model(), quantizer=self.bc.quantizer)
         self.bc.load_state_dict(state)
 
-    @precondition(lambda self: self.signs is None)
+    @precondition(lambda self: self.quantized is None)
     @rule(by=st.floats(-2, 2, width=32))
     def change_the_latent_weights(self, by: float) -> None:
         with torch.no_grad():
@@ -438,11 +439,9 @@ class AnyOrder(RuleBasedStateMachine):
     def holds(self) -> None:
         if not hasattr(self, "bc"):
             return
-        weights = self.bc.targets()
-        assert self.bc.is_binarized == (self.signs is not None)
+        assert self.bc.is_binarized == (self.quantized is not None)
         assert bits(self.bc.latent_weights()) == bits(self.latent)
-        assert bits(weights) == bits(self.signs if self.signs is not None else self.latent)
-        assert self.signs is None or all(is_binary(w) for w in weights)
+        assert bits(weights_of(self.bc.model)) == bits(self.quantized if self.quantized is not None else self.latent)
         assert bits(others(self.bc.model)) == self.rest
 
 
@@ -460,74 +459,43 @@ def resnet_with_zeros() -> nn.Module:
     return fill(model, [0.0, -0.0, 0.5, -0.5, 1e-45, -1e-45, 1.0])
 
 
-def signs_in_training(model: nn.Module) -> Tensor:
-    bc = BC(copy.deepcopy(model))
+def in_training(model: nn.Module) -> list[Tensor]:
+    bc = BC(model)
     bc.binarization()
-    return torch.cat([w.detach().reshape(-1) for w in bc.targets()])
+    return bc.targets()
 
 
-def signs_in_scoring(model: nn.Module) -> Tensor:
-    bc = BC(copy.deepcopy(model), stochastic=True)
+def in_scoring(model: nn.Module) -> list[Tensor]:
+    bc = BC(model, quantizer=stochastic_sign)
     with bc.binarized():
-        return torch.cat([w.detach().reshape(-1) for w in bc.targets()])
+        return [w.detach().clone() for w in bc.targets()]
 
 
-def signs_in_binarized_files(model: nn.Module) -> Tensor:
-    model = copy.deepcopy(model)
+def in_the_flip_rate(model: nn.Module) -> list[Tensor]:
+    return list(BC(model).quantized_weights())
+
+
+def in_binarized_files(model: nn.Module) -> list[Tensor]:
     binarize_model(model)
-    return torch.cat([layer.weight.detach().reshape(-1) for _, layer in weight_layers(model)])
+    return weights_of(model)
 
 
-def signs_in_packed_files(model: nn.Module) -> Tensor:
-    model = copy.deepcopy(model)
+def in_packed_files(model: nn.Module) -> list[Tensor]:
     binarize_model(model)
-    unpacked = unpack_model(pack_model(model, "resnet20"), fold=False)
-    return torch.cat([layer.weight.detach().reshape(-1) for _, layer in weight_layers(unpacked)])
+    return weights_of(unpack_model(pack_model(model, "resnet20"), fold=False))
 
 
-def signs_in_the_metrics(model: nn.Module) -> Tensor:
-    meter = FlipRateMeter(BC(copy.deepcopy(model)))
-    meter.begin()
-    return meter.before.float() * 2 - 1
+def the_other_way_round(weights: list[Tensor]) -> list[Tensor]:
+    return [torch.where(w < 0, 1.0, -1.0) for w in weights]
 
 
-USERS = [
-    signs_in_training,
-    signs_in_scoring,
-    signs_in_binarized_files,
-    signs_in_packed_files,
-    signs_in_the_metrics,
-]
-
-
-@pytest.mark.parametrize("user", USERS)
-def test_zeros_have_the_same_sign_everywhere(user):
-    model = resnet_with_zeros()
-    weights = torch.cat([layer.weight.detach().reshape(-1) for _, layer in weight_layers(model)])
-    assert user(model).tolist() == by_hand(weights)
-
-
-@pytest.mark.parametrize("user", USERS)
+@pytest.mark.parametrize("user", [in_training, in_scoring, in_the_flip_rate, in_binarized_files, in_packed_files])
 def test_there_is_one_place_that_decides_the_sign(user, monkeypatch):
-    """Turned round in that place, the signs are turned round everywhere."""
-    model = resnet_with_zeros()
-    as_it_is = user(model)
-    original = binary_sign
-    for module in list(sys.modules.values()):
-        if getattr(module, "binary_sign", None) is original and module is not sys.modules[__name__]:
-            monkeypatch.setattr(module, "binary_sign", lambda w: -original(w))
-    assert torch.equal(user(model), -as_it_is)
-
-
-@quick
-@given(st.lists(st.integers(0, 5), max_size=4), st.randoms(use_true_random=False))
-def test_signs_survive_packing_whatever_their_shape(shape, random):
-    count = math.prod(shape)
-    signs = torch.tensor([random.choice([-1.0, 1.0]) for _ in range(count)]).reshape(shape)
-    packed = pack_bits(signs)
-    assert packed.dtype == torch.uint8
-    assert packed.shape == ((count + 7) // 8,)
-    assert torch.equal(unpack_bits(packed, count).view(shape), signs)
+    """Zeros have the same sign everywhere; reversed in that one place, the signs are reversed everywhere."""
+    expected = [by_hand(w) for w in weights_of(resnet_with_zeros())]
+    assert [w.reshape(-1).tolist() for w in user(resnet_with_zeros())] == expected
+    monkeypatch.setattr(signs, "__code__", the_other_way_round.__code__)
+    assert [(-w).reshape(-1).tolist() for w in user(resnet_with_zeros())] == expected
 
 
 # -- numerics --------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from engine.cli import as_typed
 from engine.files import FolderLock
 from engine.training.schedule import warmup_steps, warmup_then_cosine
 from models import BC, build
+from models.quantizers import stochastic_sign
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -157,7 +158,7 @@ def test_full_precision_equals_one_process(float_run: tuple[Path, str], small_da
 def test_binaryconnect_equals_one_process(binary_run: tuple[Path, str], small_data: Path) -> None:
     reference = OneProcess(main_binary, small_data, BINARY_OPTIONS)
     reference.args.latent_lr = main_binary.LATENT_LR["muon"]
-    bc = BC(reference.model, stochastic=True)
+    bc = BC(reference.model, quantizer=stochastic_sign)
     bc.clip()
     optimizers = main_binary.make_optimizers(SimpleNamespace(args=reference.args), bc)
 

@@ -28,7 +28,7 @@ from engine.training.run import Run, plain_options
 from engine.training.schedule import repeat_steps, warmup_steps, warmup_then_cosine
 from engine.training.state import check_best, check_form, check_history, in_own_memory, state_after_a_step
 from engine.training.tracking import END_PATIENCE, WandbRun, draw_curves, write_metrics
-from models.resnet_s import weight_layers
+from models import weight_layers
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (images, labels) -> (loss, logits)
 _LOOK_SECONDS = 0.5  # how often the numbers are fetched from the device for the progress bar

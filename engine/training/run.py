@@ -24,8 +24,7 @@ from engine.cli import UserError, reason
 from engine.files import FolderLock, archive, remove_leftovers
 from engine.training import distributed
 from engine.training.tracking import CURVES, METRICS
-from models import ARCHITECTURES
-from models.resnet_s import weight_layers
+from models import ARCHITECTURES, weight_layers
 
 RUN_FILES = (BEST, FINAL, LAST, METRICS, CURVES)
 # What may differ between the two parts of a resumed run; every other option must be what it was.

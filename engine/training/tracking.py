@@ -21,7 +21,7 @@ from torch import Tensor
 from engine.cli import as_typed, reason
 from engine.files import atomic_write
 from engine.training.curves import CURVES, draw_curves
-from models.binaryconnect import BC, binary_sign
+from models import BC
 
 __all__ = ["CURVES", "END_PATIENCE", "METRICS", "FlipRateMeter", "WandbRun", "draw_curves", "write_metrics"]
 
@@ -39,24 +39,26 @@ def write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
 
 
 class FlipRateMeter:
-    """Over one epoch of BinaryConnect, in percent: `flipped`, the share of weights that flipped sign over the epoch,
-    and `saturated`, the share of latent weights at -1 or +1 at its end."""
+    """Over one epoch of BinaryConnect, in percent: `flipped`, the share of weights whose sign (with another quantizer
+    whose quantized value) changed over the epoch, and `saturated`, the share of latent weights at -1 or +1 at its end.
+    """
 
     def __init__(self, bc: BC) -> None:
         self._bc = bc
 
     def begin(self) -> None:
         """To be called before the epoch's first step."""
-        self.before = self._signs()  # (n,), True for +1
+        self.before = self._quantized()
 
     def end(self) -> dict[str, float]:
-        now = self._signs()
+        now = self._quantized()
         saturated = sum((w.abs() >= 1).sum() for w in self._bc.latent_weights())
         flipped = (now != self.before).sum()
         return {"flipped": 100 * float(flipped) / len(now), "saturated": 100 * float(saturated) / len(now)}
 
-    def _signs(self) -> Tensor:
-        return torch.cat([binary_sign(w).reshape(-1) > 0 for w in self._bc.latent_weights()])
+    def _quantized(self) -> Tensor:
+        """The weights as they are scored, of all layers, (n,)."""
+        return torch.cat([w.reshape(-1) for w in self._bc.quantized_weights()])
 
 
 START_PATIENCE, END_PATIENCE = 9.0, 9.5  # seconds: the end of a training waits for both, its start for neither
