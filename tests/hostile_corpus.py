@@ -293,11 +293,14 @@ def archive(parts: dict[str, bytes], *, folder: str = "archive/", version: bool 
     return content.getvalue()
 
 
-def legacy(data: bytes) -> bytes:
-    """A pickle as the third object of a file before 1.6."""
+def legacy(data: bytes, storages: dict[str, tuple[int, bytes]] | None = None) -> bytes:
+    """A pickle as the third object of a file before 1.6; storages: the number of values of each, and its bytes."""
     system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
-    data = data.replace(STORAGE, b"NtQ")  # a view of a part of it
-    return MAGIC + pickle.dumps(1001, 2) + pickle.dumps(system, 2) + data + pickle.dumps([], 2)
+    data = data.replace(STORAGE, b"NtQ")  # not a view of a part of it
+    end = b"".join(struct.pack("<q", count) + content for count, content in (storages or {}).values())
+    return (
+        MAGIC + pickle.dumps(1001, 2) + pickle.dumps(system, 2) + data + pickle.dumps(list(storages or {}), 2) + end
+    )
 
 
 def text(value: str) -> bytes:
