@@ -23,6 +23,7 @@ _COUNTERS = re.compile(r"(?:^|\.)(?:total_ops|total_params|n_averaged)$")  # of 
 _HOLDERS = (dict, list, tuple, Inert)
 _MOST_NAMES = 20_000  # of one module: modules may contain one module many times
 _LONGEST_NAME = 1000
+_DEEPEST = 20  # of weights in what holds them
 
 
 @functools.cache
@@ -91,8 +92,10 @@ def _mappings(value: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
     waiting: list[tuple[tuple, Any]] = [((), value)]
     seen: set[int] = set()
     while waiting:
-        place, item = waiting.pop()  # a place is (that of its holder, key), so that it costs little
+        place, item = waiting.pop()
         inner: list[tuple[Any, Any]] = []
+        if len(place) > _DEEPEST:
+            continue
         if is_module(item):
             yield _key_of(place), module_state(item)
         elif isinstance(item, Inert) and id(item) not in seen:
@@ -104,15 +107,11 @@ def _mappings(value: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
             inner = list(item.items())
         elif isinstance(item, list | tuple):
             inner = list(enumerate(item))
-        waiting += [((place, key), held) for key, held in reversed(inner) if isinstance(held, _HOLDERS)]
+        waiting += [((*place, key), held) for key, held in reversed(inner) if isinstance(held, _HOLDERS)]
 
 
 def _key_of(place: tuple) -> str:
-    parts = []
-    while place:
-        place, key = place
-        parts.append(str(key)[:_LONGEST_NAME])
-    return ".".join(reversed(parts))
+    return ".".join(str(key)[:_LONGEST_NAME] for key in place)
 
 
 def is_module(value: Any) -> bool:

@@ -2,8 +2,8 @@
 
 The pickle inside is interpreted here, operation by operation, for both formats that torch.save has had and for plain
 pickles; neither an Unpickler nor torch.load takes part. The result holds dictionaries, lists, tuples, sets, plain
-values and dense tensors on the CPU. Every other object becomes an `Inert` record: what a file names is never imported,
-what it would call is never called.
+values and dense tensors on the CPU. Every other object becomes an `Inert` record: what a file names is never
+imported, what it would call is never called.
 """
 
 from __future__ import annotations
@@ -80,10 +80,11 @@ def load(content: bytes) -> Contents:
 
 # -- the pickle ------------------------------------------------------------------------------------------------
 
-_LITERALS = frozenset(
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES "
-    "SHORT_BINBYTES BINBYTES8 BYTEARRAY8 UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8".split()
-)
+_LITERALS = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING"),
+    *("SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "UNICODE", "SHORT_BINUNICODE"),
+    *("BINUNICODE", "BINUNICODE8"),
+}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
 _NUMBERED = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -310,14 +311,13 @@ class _Reader:
         builds = isinstance(function, Inert) and function.name.startswith("torch._utils._rebuild_tensor")
         return self._call(function, arguments) if builds else NotImplemented
 
-    def _typed(
-        self, storage: Any, offset: Any, size: Any, stride: Any, _g: Any, _h: Any, dtype: Any, *more: Any
-    ) -> Any:
-        """_rebuild_tensor_v3: the storage is of bytes."""
+    def _typed(self, storage: Any, *more: Any) -> Any:
+        """_rebuild_tensor_v3: as _tensor, with a storage of bytes and the dtype after the hooks."""
+        dtype = more[5]
         _require(isinstance(dtype, torch.dtype) and isinstance(storage, Tensor), "it holds a tensor of no type")
         if not _computes(dtype):
             return NotImplemented
-        return self._tensor(storage.view(dtype), offset, size, stride, None, None, *more)
+        return self._tensor(storage.view(dtype), *more[:5], *more[6:])
 
     def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> Any:
         """more: requires_grad, hooks, and what is to be done to the stored values."""
@@ -328,7 +328,7 @@ class _Reader:
         _require(proper, "it holds a tensor with no proper shape")
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if all(size) else offset - 1
         _require(last < len(storage), "it holds a tensor that reaches beyond its storage")
-        made = storage.as_strided(size, stride, offset)
+        made = storage.as_strided(size, stride, storage.storage_offset() + offset)  # it may be a part of one
         view = more[2] if len(more) > 2 and type(more[2]) is dict else {}
         made = torch._neg_view(made) if view.get("neg") is True else made
         return made.conj() if view.get("conj") is True else made
@@ -354,9 +354,7 @@ class _Reader:
 
     def _record(self, *arguments: Any) -> Inert:
         """Of a dtype or an array of numpy's, whose state is still to come."""
-        return (
-            Inert("numpy.dtype", arguments) if arguments and type(arguments[0]) is str else Inert(_ARRAY, arguments)
-        )
+        return Inert("numpy.dtype" if arguments and type(arguments[0]) is str else _ARRAY, arguments)
 
     def _stored(self, data: Any = None, *_: Any) -> Any:
         """A storage in a plain pickle: the bytes of a file of torch.save of its own."""
@@ -393,9 +391,8 @@ class _Reader:
     def archive(self, content: bytes) -> Any:
         """The object in a file of torch.save since 1.6: an archive of a pickle and a part for each storage."""
         parts = _parts(content)
-        _require(
-            parts.get("byteorder", b"little") == b"little", "it was written in the byte order of another machine"
-        )
+        order = parts.get("byteorder", b"little")
+        _require(order == b"little", "it was written in the byte order of another machine")
         storages: dict[str, Tensor] = {}
 
         def storage(key: str, count: int, item: int) -> Tensor:
@@ -453,6 +450,7 @@ _KNOWN: dict[str, Callable[..., Any] | None] = {
     "builtins.set": _Reader._set,
     "builtins.frozenset": _Reader._set,
     "builtins.complex": _Reader._complex,
+    "builtins.bytes": _Reader._bytes,
     "builtins.bytearray": _Reader._bytes,
     "_codecs.encode": _Reader._bytes,
     "torch.Size": _Reader._size_of,
@@ -521,9 +519,7 @@ def _parts(content: bytes) -> dict[str, bytes]:
             raise OtherKind("is a TorchScript program, not a checkpoint; save the state_dict of the network instead")
         if "data.pkl" not in inner:
             found = ascii(", ".join(names[:3]))[1:-1][:_LONGEST_NAME] if names else "nothing"
-            raise OtherKind(
-                f"is an archive that torch.save did not make ({found}); unpack it, or save the weights anew"
-            )
+            raise OtherKind(f"is an archive that torch.save did not make ({found}); give a .pth file")
         _require(len({name.partition("/")[0] for name in names}) == 1, "it is an archive of several folders")
         ends = [info.header_offset for info in infos[1:]] + [len(content)]
         for info, name, end in zip(infos, inner, ends, strict=True):
