@@ -114,8 +114,8 @@ def _describe_packed(loaded: Checkpoint) -> list[str]:
     kept = loaded.raw["batchnorm"] == "kept"
     floats = "weights, biases, running means and variances" if kept else "folded scales and shifts"
     return _fill(
-        f"  signs: the {count:,} weights of {len(weights)} layers, one bit each, 8 in a byte, lowest bit first, in the "
-        f"order of the network; 1 is +1 ({plus:,}, {share(plus, count)}), 0 is -1 ({count - plus:,}, "
+        f"  signs: the {count:,} weights of {len(weights)} layers, one bit each, 8 in a byte, lowest bit first, in "
+        f"the order of the network; 1 is +1 ({plus:,}, {share(plus, count)}), 0 is -1 ({count - plus:,}, "
         f"{share(count - plus, count)})."
     ) + _fill(f"  floats: the {floats} of the BatchNorms, one after the other, then the bias of the classifier.")
 

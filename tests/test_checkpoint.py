@@ -9,8 +9,6 @@ import os
 import random
 import sys
 import time
-import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -271,7 +269,7 @@ FOREIGN = {
         ["linear.bias"],
     ),
     "a negative variance": (with_value("bn1.running_var", -1.0), ["bn1.running_var", "negative"]),
-    "two keys that become one": (STATE | {"module.linear.bias": torch.zeros(10)}, ["'linear.bias'", "module."]),
+    "two keys that become one": (STATE | {"module.linear.bias": torch.zeros(10)}, ["'linear.bias'", "prefixes"]),
     "a number as a key": (STATE | {5: torch.zeros(1)}, ["unexpected '5'"]),
     "a number in place of a tensor": (STATE | {"linear.bias": 5}, ["missing 'linear.bias'"]),
 }
@@ -364,7 +362,8 @@ RULES = {
     "bomb: sixty thousand parts": "too many parts",
     "bomb: a memo of 2**31": "more memory than it can need",
     "bomb: bytes copied": "too many copies",
-    "bomb: sets copied, old format": "too many copies",
+    "bomb: sets copied, old format": "too many keys",
+    "bomb: arrays copied": "too many copies",
     "bomb: a list that holds itself": "or itself",
     "bomb: a million values": "too many values",
     "bomb: lists fifty deep": "too many values",
@@ -381,6 +380,8 @@ RULES = {
     "crooked: five thousand dimensions": "no proper shape",
     "crooked: an offset beyond the end": "beyond its storage",
     "crooked: a storage of no type": "NoStorage",
+    "crooked: a view beyond its storage": "beyond its storage",
+    "crooked: a storage in a storage": "a storage that is none",
     "crooked: of another byte order": "byte order",
 }
 

@@ -97,7 +97,9 @@ def _mappings(value: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
         if len(place) > _DEEPEST:
             continue
         if is_module(item):
-            yield _key_of(place), module_state(item)
+            tensors = module_state(item)
+            if tensors:
+                yield _key_of(place), tensors
         elif isinstance(item, Inert) and id(item) not in seen:
             seen.add(id(item))
             waiting += [(place, held) for held in (item.contents, item.state, item.arguments)]

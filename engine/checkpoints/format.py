@@ -248,8 +248,7 @@ def load(path: Path, content: bytes | None = None, *, weights_key: str | None = 
         epoch = raw.get("epoch")
         loaded.epoch = epoch if type(epoch) is int else None
     if contents.inert:
-        names = some(list(contents.inert), most=3)
-        loaded.notes.append(f"objects of {len(contents.inert)} kinds ({names}) are inert; nothing was run")
+        loaded.notes.append(f"objects not made, nothing was run: {some(list(contents.inert), most=3)}")
     if loaded.kind != BINARY_1BIT:
         _validate_kind(loaded)
     return loaded

@@ -252,8 +252,8 @@ class _Reader:
             _, shape, dtype, fortran, data = state
             made = self._array(data, dtype, shape, "F" if fortran else "C")
             state = state if made is NotImplemented else made
-        if target.name not in _KNOWN or (target.name == _ARRAY and not isinstance(state, Tensor)):
-            self.names[target.name] = True
+        if target.arguments is None or (target.name == _ARRAY and not isinstance(state, Tensor)):
+            self.names[target.name] = True  # a class or function would be changed, an array made of objects
         target.state = state
 
     # -- the functions that checkpoints need -------------------------------------------------------------------
@@ -360,10 +360,10 @@ class _Reader:
         """A storage in a plain pickle: the bytes of a file of torch.save of its own."""
         _require(type(data) is bytes and not self._nested, "it holds a storage that is none")
         storage, self._nested = self._storage, True
-        try:
-            return self.stream(data)
-        finally:
-            self._storage, self._nested = storage, False
+        made = self.stream(data)
+        self._storage, self._nested = storage, False
+        _require(isinstance(made, Tensor), "it holds a storage that is none")
+        return made
 
     # -- storages ----------------------------------------------------------------------------------------------
 
