@@ -413,12 +413,13 @@ def test_attributes_in_the_place_of_methods_are_left_behind(tmp_path):
 
 
 def test_nothing_is_unpickled_by_anyone_else():
-    """Neither torch.load nor an Unpickler is named in what is run on a checkpoint."""
+    """Nobody calls torch.load, and the reader does not even import pickle."""
     root = Path(cli.__file__).parent.parent
     for path in [*root.glob("*.py"), *root.glob("engine/**/*.py"), *root.glob("models/*.py")]:
-        names = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))}
+        nodes = [n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Attribute | ast.alias)]
+        names = {ast.unparse(node) for node in nodes}
         assert not names & {"torch.load", "torch.jit.load", "pickle.load", "pickle.loads", "np.load"}, path
-        assert "Unpickler" not in " ".join(names) or path.name == "cifar10.py" or "data" in path.parts, path
+        assert "pickle" not in names or "checkpoints" not in path.parts, path
 
 
 def test_reading_takes_time_in_proportion_to_the_file(tmp_path):

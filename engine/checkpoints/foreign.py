@@ -178,7 +178,7 @@ def misfit(arch: str | None, tensors: dict[str, Tensor], *, counters_needed: boo
     if arch is None:
         return f"not a ResNet-20/32/44/56/110 of ours: its keys begin {some(list(tensors))}"
     expected = blank(arch).state_dict()
-    convolutions = [key for key in tensors if re.search(r"\.(downsample|shortcut)\b", key)]
+    convolutions = [key for key in tensors if re.search(r"\.(downsample|shortcut)\b", str(key))]
     if convolutions and convolutions[0] not in expected:
         return (
             f"its shortcuts are convolutions (option B, {convolutions[0]!r} for example), which {arch} here does not "
