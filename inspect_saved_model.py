@@ -6,108 +6,168 @@ python3 inspect_saved_model.py checkpoint_last.pth --all    every tensor of the 
 
 from __future__ import annotations
 
-import sys
+import reprlib
 import textwrap
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from engine import checkpoints, cli
 from engine.checkpoints import BINARY_1BIT, Checkpoint
+from engine.checkpoints.foreign import is_module, module_state
+from engine.checkpoints.reader import Inert
 from engine.cli import UserError
-from engine.report import counted, narrow, share, what_it_is
+from engine.report import counted, share, what_it_is
 from models.resnet_s import weight_layers
 
 WIDTH = 80
-TOP = ""  # stands for the file's own dictionary
-_MOST_ENTRIES = 40  # lines of metadata for one dictionary
+TOP = ""  # stands for the top level of the file
+_MOST_LINES = 40  # of metadata for one dictionary, of objects that were not made
 _MOST_TEXT = 400  # characters of metadata for one entry
+_DEEPEST = 20  # of a tensor in what holds it
+
+
+# -- values in words -----------------------------------------------------------------------------------------
+
+
+class _Repr(reprlib.Repr):
+    """Any value on one line, however large: of long lists the last item, of mappings of tensors their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxdict, self.maxset, self.maxstring, self.maxother = 4, 24, 4, 80, 80
+
+    def repr_dict(self, value: dict, level: int) -> str:
+        if value and all(isinstance(item, Tensor) for item in value.values()):
+            return f"{{{counted(len(value), 'tensor')}}}"
+        if value and any(isinstance(key, int) for key in value):
+            return f"{{{counted(len(value), 'value')}}}"
+        return super().repr_dict(value, level)
+
+    def repr_list(self, value: list | tuple, level: int) -> str:
+        if len(value) > 4:
+            return f"[{len(value):,} items, the last {self.repr1(value[-1], level - 1)}]"
+        return super().repr_list(value, level)
+
+    repr_tuple = repr_list
+
+    def repr_Inert(self, value: Inert, level: int) -> str:  # found by the name of the type
+        if is_module(value):
+            return f"<{value.name}: a whole module>"
+        held = [item for item in (value.arguments, value.contents, value.state) if item]
+        shown = ", ".join(self.repr1(item, level - 1) for item in held) if level > 0 else "..." * bool(held)
+        return f"<{value.name}{': ' if shown else ''}{shown}>"
+
+    def repr_Tensor(self, _value: Tensor, _level: int) -> str:
+        return "<tensor>"
+
+    def repr_float(self, value: float, _level: int) -> str:
+        return f"{value:.4g}"
+
+    def repr_bytes(self, value: bytes, _level: int) -> str:
+        return f"<{len(value):,} bytes>"
+
+    repr_bytearray = repr_bytes
+
+
+def brief(value: Any) -> str:
+    text = _Repr().repr(value)
+    return text if len(text) <= _MOST_TEXT else text[: _MOST_TEXT - 3] + "..."
+
+
+def key_text(key: Any) -> str:
+    """A key of a dictionary as text that does nothing to a terminal."""
+    return key if isinstance(key, str) and key.isprintable() and 0 < len(key) <= 200 else brief(key)
+
+
+def _fill(text: str, indent: int = 4) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent=" " * indent, tabsize=1)
+
+
+# -- what it is ----------------------------------------------------------------------------------------------
+
+
+def describe(path: Path, raw: Any, weights_key: str | None) -> list[str]:
+    """What the file is and whether it fits one of our networks, in lines to print."""
+    ours = isinstance(raw, dict) and "format_version" in raw
+    lines = [f"What it is: a file {'of this collection' if ours else 'that others made'}"]
+    try:
+        loaded = checkpoints.load(path, weights_key=weights_key)
+    except UserError as error:
+        why = " ".join(str(error).removeprefix(f"{path}: ").split())
+        return [*lines, *_fill(f"Fits: ✗ none of our networks: {why}")]
+    lines += _fill(f"Fits: ✓ {what_it_is(loaded)}")
+    if loaded.kind == BINARY_1BIT:
+        return lines + _describe_packed(loaded)
+    where = f"under {loaded.weights_key!r}" if loaded.weights_key else "at the top level"
+    lines += _fill(f"Keys: {counted(len(loaded.state_dict), 'tensor')} {where}")
+    return lines + [line for note in loaded.notes for line in _fill(f"  {note}")]
+
+
+def _describe_packed(loaded: Checkpoint) -> list[str]:
+    weights = [layer.weight for _, layer in weight_layers(loaded.model(fold=False))]
+    count, plus = sum(w.numel() for w in weights), sum(int((w > 0).sum()) for w in weights)
+    kept = loaded.raw["batchnorm"] == "kept"
+    floats = "weights, biases, running means and variances" if kept else "folded scales and shifts"
+    return _fill(
+        f"  signs: the {count:,} weights of {len(weights)} layers, one bit each, 8 in a byte, lowest bit first, in "
+        f"the order of the network; 1 is +1 ({plus:,}, {share(plus, count)}), 0 is -1 ({count - plus:,}, "
+        f"{share(count - plus, count)})."
+    ) + _fill(f"  floats: the {floats} of the BatchNorms, one after the other, then the bias of the classifier.")
+
+
+def describe_inert(inert: dict[str, bool]) -> list[str]:
+    """The names of all that was not made, those first that an ordinary load would have called."""
+    if not inert:
+        return []
+    lines = [f"\nNot made, not run: objects of {counted(len(inert), 'kind')}"]
+    names = sorted(inert, key=lambda name: not inert[name])
+    lines += [f"  {'⚠ an ordinary load calls' if inert[name] else '  only named:'} {name}" for name in names]
+    more = len(lines) - 1 - _MOST_LINES
+    return lines[: _MOST_LINES + 1] + [f"  ... and {more:,} more"] * (more > 0)
+
+
+def print_metadata(values: dict[Any, Any], indent: int = 2) -> None:
+    """Every entry that is not a tensor: nested dictionaries on lines of their own, two levels deep."""
+    entries = [(key, value) for key, value in values.items() if not isinstance(value, Tensor)]
+    for key, value in entries[:_MOST_LINES]:
+        name = " " * indent + key_text(key) + ":"
+        nested = isinstance(value, dict) and any(isinstance(v, dict | list | tuple) and v for v in value.values())
+        if nested and indent < 4:
+            print(name)
+            print_metadata(value, indent + 2)
+        else:
+            print("\n".join(_fill(f"{name} {brief(value)}", indent + 2)))
+    if len(entries) > _MOST_LINES:
+        print(" " * indent + f"... and {len(entries) - _MOST_LINES:,} more")
 
 
 # -- the tensors ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: one tensor, or several alike. low, high and distinct are None where they make no sense."""
-
-    name: str
-    shape: str
-    dtype: str
-    bytes: int
-    low: float | None
-    high: float | None
-    distinct: int | None
-    odd: str  # "", or how many values are NaN or infinite
-
-    @classmethod
-    def of(cls, name: str, tensors: list[Tensor]) -> Row:
-        shapes = {"x".join(map(str, t.shape)) or "scalar" for t in tensors}
-        dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors}
-        low = high = distinct = None
-        odd = ""
-        try:
-            values = np.concatenate([_values(t) for t in tensors])
-            low, high, distinct, odd = _summary(values)
-        except (RuntimeError, TypeError, ValueError):
-            odd = "values of a type that cannot be looked into"  # packed types, for example
-        return cls(
-            name if len(tensors) == 1 else f"{name} ({len(tensors)} tensors)",
-            shapes.pop() if len(shapes) == 1 else "various",
-            dtypes.pop() if len(dtypes) == 1 else "various",
-            sum(t.numel() * t.element_size() for t in tensors),
-            low,
-            high,
-            distinct,
-            odd,
-        )
-
-    def cells(self) -> list[str]:
-        bounds = ["-" if value is None else narrow(value, 7) for value in (self.low, self.high)]
-        distinct = "-" if self.distinct is None else str(self.distinct)
-        return [self.shape, self.dtype, str(self.bytes), *bounds, distinct]
-
-
-def _values(t: Tensor) -> np.ndarray:
-    """All values in one dimension, in a type of numpy's that holds each exactly."""
-    t = t.reshape(-1)
-    if t.dtype.is_complex:
-        return t.to(torch.complex128).numpy()
-    if t.dtype.is_floating_point:
-        return t.to(torch.float64).numpy()
-    return t.numpy()
-
-
-def _summary(values: np.ndarray) -> tuple[float | None, float | None, int, str]:
-    """Least, greatest (complex numbers have neither), number of distinct values (all NaN are one), what is odd."""
-    distinct = len(np.unique(values))
-    if values.dtype.kind not in "fc":
-        return (*((float(values.min()), float(values.max())) if len(values) else (None, None)), distinct, "")
-    nan, infinite = int(np.isnan(values).sum()), int(np.isinf(values).sum())
-    odd = " and ".join(f"{count:,} {word}" for count, word in ((nan, "NaN"), (infinite, "infinite")) if count)
-    numbers = values[~np.isnan(values)]
-    if not len(numbers) or values.dtype.kind == "c":
-        return None, None, distinct, odd
-    return float(numbers.min()), float(numbers.max()), distinct, odd
-
-
 def find_tensors(value: Any) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    """Every tensor in a nest of dictionaries, lists and tuples with its path, in the file's order; no recursion."""
+    """Every tensor in a nest with its path, in the file's order, those of whole modules under their names."""
     waiting: list[tuple[tuple[Any, ...], Any]] = [((), value)]
+    seen: set[int] = set()
     while waiting:
         path, item = waiting.pop()
+        inner: Iterable[tuple[Any, Any]] = ()
         if isinstance(item, Tensor):
             yield path, item
+        elif isinstance(item, Inert) and id(item) not in seen:
+            seen.add(id(item))
+            held = (module_state(item),) if is_module(item) else (item.contents, item.state, item.arguments)
+            waiting += [(path, each) for each in held if each is not None]
         elif isinstance(item, dict):
-            waiting += [((*path, key), inner) for key, inner in reversed(item.items())]
+            inner = item.items()
         elif isinstance(item, list | tuple):
-            waiting += [((*path, place), inner) for place, inner in reversed(list(enumerate(item)))]
+            inner = enumerate(item)
+        if len(path) < _DEEPEST:
+            waiting += [((*path, key), each) for key, each in reversed(list(inner))]
 
 
 def group_tensors(value: Any, *, apart: bool) -> dict[str, dict[str, list[Tensor]]]:
@@ -116,192 +176,77 @@ def group_tensors(value: Any, *, apart: bool) -> dict[str, dict[str, list[Tensor
     Those whose paths differ in a number only, as an optimizer's state does, come under one name, and so does
     the second network in `training`, the best one so far, unless `apart`.
     """
-    groups: dict[str, dict[str, list[Tensor]]] = {}
-    alone: dict[str, str] = {}  # for a name that stands for several: the first of them
+    groups: dict[str, dict[str, list[tuple[str, Tensor]]]] = {}
     for path, tensor in find_tensors(value):
         entry, rest = (key_text(path[0]), path[1:]) if len(path) > 1 else (TOP, path)
-        full = name = _joined(rest)
-        if not apart:
-            name = _joined(["*" if isinstance(key, int) else key for key in rest])
-            if entry == "training" and name.startswith("best.state_dict."):
-                name = "best.state_dict.*"
-        alone.setdefault(f"{entry} {name}", full)
-        groups.setdefault(entry, {}).setdefault(name, []).append(tensor)
+        name = _joined(rest if apart else ["*" if _is_number(key) else key for key in rest])
+        if not apart and entry == "training" and name.startswith("best.state_dict."):
+            name = "best.state_dict.*"
+        groups.setdefault(entry, {}).setdefault(name, []).append((_joined(rest), tensor))
     return {
-        entry: {alone[f"{entry} {name}"] if len(found) == 1 else name: found for name, found in names.items()}
+        entry: {
+            found[0][0] if len(found) == 1 else f"{name} ({len(found)} tensors)": [tensor for _, tensor in found]
+            for name, found in names.items()
+        }
         for entry, names in groups.items()
     }
 
 
+def _is_number(key: Any) -> bool:
+    """Whether a key only counts; in the state of a whole optimizer the reader puts such names for the parameters."""
+    return isinstance(key, int) or (isinstance(key, str) and key.startswith("<Tensor "))
+
+
 def _joined(path: Iterable[Any]) -> str:
     """A path as text: state[3].exp_avg; the tensor itself, where the path is empty, is (itself)."""
-    text = "".join(
-        f"[{key}]" if isinstance(key, int) or key_text(key) == "*" else f".{key_text(key)}" for key in path
-    )
+    text = "".join(f"[{key}]" if isinstance(key, int) or key == "*" else f".{key_text(key)}" for key in path)
     return text.removeprefix(".") or "(itself)"
+
+
+def row(tensors: list[Tensor]) -> tuple[list[str], str]:
+    """The cells of the table's line for one tensor or several: shape, dtype, bytes, min, max, distinct values.
+
+    Also how many values are NaN or infinite, in words.
+    """
+    shapes = {"x".join(map(str, t.shape)) or "scalar" for t in tensors}
+    dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors}
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    cells = [*(each.pop() if len(each) == 1 else "various" for each in (shapes, dtypes)), str(size)]
+    values = np.concatenate([_numbers(t) for t in tensors])
+    nan, infinite = int(np.isnan(values).sum()), int(np.isinf(values).sum())
+    odd = " and ".join(f"{count:,} {word}" for count, word in ((nan, "NaN"), (infinite, "infinite")) if count)
+    ordered = values[~np.isnan(values)] if values.dtype.kind != "c" else values[:0]
+    bounds = [f"{each + 0.0:.4g}" for each in (ordered.min(), ordered.max())] if len(ordered) else ["-", "-"]
+    return [*cells, *bounds, str(len(np.unique(values)))], odd  # np.unique counts all NaN as one
+
+
+def _numbers(t: Tensor) -> np.ndarray:
+    """All values in one dimension, in a type of numpy's that holds each exactly."""
+    t = t.reshape(-1)
+    if t.dtype.is_complex:
+        return t.to(torch.complex128).numpy()
+    return t.to(torch.float64).numpy() if t.dtype.is_floating_point else t.numpy()
 
 
 def print_tensors(groups: dict[str, dict[str, list[Tensor]]]) -> None:
     """A table for each entry of the file; a name that has no room goes on a line of its own."""
-    count = sum(len(tensors) for entry in groups.values() for tensors in entry.values())
-    bar = tqdm(total=count, desc="tensors", leave=False, disable=not sys.stderr.isatty(), delay=1)
-    tables = {}
     for entry, names in groups.items():
-        tables[entry] = []
-        for name, tensors in names.items():
-            tables[entry].append(Row.of(name, tensors))
-            bar.update(len(tensors))
-    bar.close()
-    for entry, rows in tables.items():
-        found = sum(map(len, groups[entry].values()))
+        found = sum(map(len, names.values()))
         print(f"\nTensors {'at the top level' if entry == TOP else f'in {entry}'}: {found:,}")
-        _print_rows(rows)
+        rows = [(name, *row(tensors)) for name, tensors in names.items()]
+        rows.insert(0, ("name", ["shape", "dtype", "bytes", "min", "max", "unique"], ""))
+        widths = [max(len(cells[i]) for _, cells, _ in rows) for i in range(6)]
+        room = max(8, min(WIDTH - sum(widths) - 6, max(len(name) for name, _, _ in rows)))
+        for name, cells, odd in rows:
+            if len(name) > room:
+                print(name)
+                name = ""
+            left = [f"{text:<{width}}" for text, width in zip(cells[:2], widths[:2], strict=True)]
+            right = [f"{text:>{width}}" for text, width in zip(cells[2:], widths[2:], strict=True)]
+            print(f"{name:<{room}}", *left, *right)
+            if odd:
+                print(f"  ⚠ {odd}")
     print("unique: how many distinct values there are, all NaN counted as one")
-
-
-def _print_rows(rows: list[Row]) -> None:
-    cells = [["shape", "dtype", "bytes", "min", "max", "unique"], *(row.cells() for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(6)]
-    room = max(8, min(WIDTH - sum(widths) - 6, max(len(row.name) for row in rows)))
-    for name, line, odd in zip(
-        ["name", *(row.name for row in rows)], cells, ["", *(r.odd for r in rows)], strict=True
-    ):
-        if len(name) > room:
-            print(name)
-            name = ""
-        left = " ".join(f"{text:<{width}}" for text, width in zip(line[:2], widths[:2], strict=True))
-        right = " ".join(f"{text:>{width}}" for text, width in zip(line[2:], widths[2:], strict=True))
-        print(f"{name:<{room}} {left} {right}")
-        if odd:
-            print(f"  ⚠ {odd}")
-
-
-# -- the metadata --------------------------------------------------------------------------------------------
-
-
-def key_text(key: Any) -> str:
-    """A key of a dictionary as text that does nothing to a terminal."""
-    return key if isinstance(key, str) and key.isprintable() and 0 < len(key) <= 200 else brief(key)
-
-
-def brief(value: Any, depth: int = 3) -> str:
-    """A value on one line of at most _MOST_TEXT characters, whatever it is and however large."""
-    text = _brief(value, depth)
-    return text if len(text) <= _MOST_TEXT else text[: _MOST_TEXT - 3] + "..."
-
-
-def _brief(value: Any, depth: int) -> str:
-    if isinstance(value, Tensor):
-        return "<tensor>"
-    if isinstance(value, str):
-        return repr(value[:_MOST_TEXT]) if not value.isprintable() or len(value) > 64 or not value else value
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if value is None or isinstance(value, int | complex):
-        return repr(value)
-    if isinstance(value, bytes | bytearray):
-        return f"<{len(value):,} bytes>"
-    if isinstance(value, dict):
-        if value and all(isinstance(item, Tensor) for item in value.values()):
-            return f"{{{counted(len(value), 'tensor')}}}"
-        if value and (depth == 0 or any(isinstance(key, int) for key in value)):
-            return f"{{{counted(len(value), 'value')}}}"
-        shown = [f"{key_text(key)}: {_brief(item, depth - 1)}" for key, item in list(value.items())[:24]]
-        return "{" + ", ".join(shown) + (", ..." if len(value) > 24 else "") + "}"
-    if isinstance(value, list | tuple | set):
-        items = list(value)
-        if depth == 0 and items:
-            return f"[{len(items):,} items]"
-        if len(items) > 4:
-            return f"[{len(items):,} items, the last {_brief(items[-1], depth - 1)}]"
-        return "[" + ", ".join(_brief(item, depth - 1) for item in items) + "]"
-    return str(value)  # a dtype or a device: engine.checkpoints.read lets nothing else through
-
-
-def print_metadata(values: dict[Any, Any], indent: int = 2) -> None:
-    """Every entry that is not a tensor: nested dictionaries on lines of their own, two levels deep."""
-    entries = [(key, value) for key, value in values.items() if not isinstance(value, Tensor)]
-    for key, value in entries[:_MOST_ENTRIES]:
-        name = " " * indent + key_text(key) + ":"
-        if isinstance(value, dict) and value and all(isinstance(item, Tensor) for item in value.values()):
-            print(f"{name} {counted(len(value), 'tensor')}, listed below")
-        elif (
-            isinstance(value, dict)
-            and indent < 4
-            and any(isinstance(item, dict | list | tuple) and item for item in value.values())
-        ):
-            print(name)
-            print_metadata(value, indent + 2)
-        else:
-            print(textwrap.fill(f"{name} {brief(value)}", WIDTH, subsequent_indent=" " * (indent + 2), tabsize=1))
-    if len(entries) > _MOST_ENTRIES:
-        print(" " * indent + f"... and {len(entries) - _MOST_ENTRIES:,} more")
-
-
-# -- what it is ----------------------------------------------------------------------------------------------
-
-
-def describe(path: Path, raw: Any) -> list[str]:
-    """What the file is and whether it fits one of our networks, in lines to print."""
-    if not isinstance(raw, dict):
-        return [f"What it is: no checkpoint of a network: no dictionary, but a value of type {type(raw).__name__}"]
-    ours = "format_version" in raw
-    lines = [f"What it is: a checkpoint {'of this collection' if ours else 'that others made'}"]
-    try:
-        loaded = checkpoints.load(path)
-    except UserError as error:
-        return [*lines, *_fill(f"Fits: ✗ none of our networks: {_without_path(error, path)}")]
-    lines += _fill(f"Fits: ✓ {what_it_is(loaded)}")
-    if loaded.kind == BINARY_1BIT:
-        return lines + _describe_packed(loaded)
-    if not ours:
-        lines += ["  (others' files do not say how the weights were trained)"] if loaded.kind == "unknown" else []
-    return lines
-
-
-def _describe_packed(loaded: Checkpoint) -> list[str]:
-    model = loaded.model(fold=False)
-    weights = [layer.weight for _, layer in weight_layers(model)]
-    count, plus = sum(w.numel() for w in weights), sum(int((w > 0).sum()) for w in weights)
-    kept = loaded.raw["batchnorm"] == "kept"
-    floats = "weights, biases, running means and variances" if kept else "scales and shifts"
-    return _fill(
-        f"  signs: the {count:,} weights of {len(weights) - 1} convolutions and the classifier, one bit each, 8 in a "
-        f"byte, lowest bit first, in the order of the network; 1 is +1 ({plus:,}, {share(plus, count)}), 0 is -1 "
-        f"({count - plus:,}, {share(count - plus, count)})."
-    ) + _fill(
-        f"  floats: the {floats} of the {len(weights) - 1} BatchNorms{'' if kept else ', folded'}, one after the "
-        "other, then the bias of the classifier."
-    )
-
-
-def describe_keys(path: Path, raw: Any) -> list[str]:
-    """Where the network's tensors are, and what becomes of prefixes in their names; nothing where there are none."""
-    if not isinstance(raw, dict) or raw.get("kind") == BINARY_1BIT:
-        return []
-    try:
-        _, renamed = checkpoints.bare_state_dict(path, raw)
-    except UserError:
-        return []
-    holder = [key for key, value in raw.items() if isinstance(value, dict) and list(value) == list(renamed)]
-    where = f"under {key_text(holder[0])!r}" if holder else "at the top level"
-    changed: dict[str, list[str]] = {}
-    for key, name in renamed.items():
-        if key != name:
-            changed.setdefault(key.removesuffix(name), []).append(key)
-    lines = [f"Keys: {counted(len(renamed), 'tensor')} {where}, " + ("with prefixes:" if changed else "no prefixes")]
-    for prefix, keys in changed.items():
-        example = f"{key_text(keys[0])} -> {key_text(renamed[keys[0]])}"
-        lines += _fill(f"  {prefix!r} falls away from {len(keys):,} of them: {example}")
-    return lines
-
-
-def _fill(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent="    ")
-
-
-def _without_path(error: UserError, path: Path) -> str:
-    return " ".join(str(error).removeprefix(f"{path}: ").split())
 
 
 # -- the script ----------------------------------------------------------------------------------------------
@@ -311,21 +256,23 @@ def main() -> None:
     parser = cli.ArgumentParser("Show what is in a .pth file, ours or not. No code in the file is run.")
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="the file to look into")
     parser.add_argument("--all", action="store_true", help="list the tensors of an optimizer one by one, too")
+    parser.add_argument("--weights-key", metavar="NAME", help="the key of the weights, where several in the file fit")
     args = parser.parse_args()
     path = args.checkpoint
-    raw, sha256 = checkpoints.read(path)
-    size = path.stat().st_size
+    contents, sha256 = checkpoints.examine(path)
+    raw, size = contents.value, path.stat().st_size
 
     print(f"File: {path}\n  {size:,} bytes ({size / 1e6:.2f} MB)\n  SHA-256 {sha256}")
-    print("\n".join(describe(path, raw) + describe_keys(path, raw)))
+    print("\n".join(describe(path, raw, args.weights_key) + describe_inert(contents.inert)))
     if isinstance(raw, dict) and any(not isinstance(value, Tensor) for value in raw.values()):
         print("\nMetadata")
         print_metadata(raw)
     elif not isinstance(raw, dict | Tensor):
         print("\n".join(_fill(f"Content: {brief(raw)}")))
-    tensors = [tensor for _, tensor in find_tensors(raw)]
-    if tensors:
-        print_tensors(group_tensors(raw, apart=args.all))
+    groups = group_tensors(raw, apart=args.all)
+    if groups:
+        print_tensors(groups)
+    tensors = [tensor for names in groups.values() for found in names.values() for tensor in found]
     totals = [
         counted(len(tensors), "tensor"),
         counted(sum(t.numel() for t in tensors), "value"),

@@ -86,12 +86,3 @@ def fixed(value: float) -> str:
     if len(text) > 8 or (value != 0 and abs(value) < 0.0005):
         text = f"{value:.1e}"
     return text
-
-
-def narrow(value: float, width: int) -> str:
-    """`value` with as many significant digits, at most four, as `width` >= 7 characters hold."""
-    value = value + 0.0
-    whole = f"{value:.0f}"
-    if (abs(value) >= 1000 or float(whole) == value) and len(whole) <= width:
-        return whole
-    return next(text for digits in (4, 3, 2, 1) if len(text := f"{value:.{digits}g}") <= width or digits == 1)

@@ -29,6 +29,7 @@ from engine import checkpoints
 
 CANARY = "code-was-run"
 STORAGE = b"<the end of a storage>"  # replaced by what each format has there
+U1 = b"cnumpy\ndtype\n(X\x02\x00\x00\x00u1tR"  # the dtype of a byte
 MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how a file of torch.save before 1.6 begins
 
 
@@ -212,12 +213,6 @@ def _scripted() -> bytes:
     return content.getvalue()
 
 
-def _numpy(save: Callable[..., None], **arrays: Any) -> bytes:
-    content = io.BytesIO()
-    save(content, **arrays)
-    return content.getvalue()
-
-
 def _tar(names: dict[bytes, bytes]) -> bytes:
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w", format=tarfile.GNU_FORMAT) as archive:
@@ -228,76 +223,72 @@ def _tar(names: dict[bytes, bytes]) -> bytes:
     return content.getvalue()
 
 
-def _safetensors() -> bytes:
-    header = b'{"linear.bias":{"dtype":"F32","shape":[10],"data_offsets":[0,40]}}'
-    return struct.pack("<Q", len(header)) + header + bytes(40)
-
-
 def of_another_kind() -> Iterator[Case]:
+    """What looks like a checkpoint at first; files of other kinds altogether are in test_foreign.py."""
+    shell = pickled(call("os", "system", text(f"touch {CANARY}")))
     contents: dict[str, Callable[[], bytes]] = {
         "text": lambda: b"epoch 1, accuracy 90%\n" * 50,
-        "UTF-16": lambda: "a checkpoint".encode("utf-16"),
         "HTML": lambda: b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
-        "a Git LFS pointer": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64,
-        "JSON": lambda: b'{"state_dict": {"linear.bias": [0, 1]}}',
-        "PNG": lambda: b"\x89PNG\r\n\x1a\n" + bytes(100),
-        "PDF": lambda: b"%PDF-1.7\n" + bytes(100),
-        "ELF": lambda: b"\x7fELF" + bytes(100),
-        "gzip": lambda: b"\x1f\x8b\x08" + bytes(100),
         "zeros": lambda: bytes(10_000),
         "ones": lambda: b"\xff" * 10_000,
         "noise": lambda: random.Random(2).randbytes(10_000),
         "noise after PK": lambda: b"PK\x03\x04" + random.Random(3).randbytes(10_000),
         "noise after a magic number": lambda: MAGIC + random.Random(4).randbytes(10_000),
         "a magic number alone": lambda: MAGIC,
-        "numpy": lambda: _numpy(lambda file: np.save(file, np.zeros(3))),
-        "numpy archive": lambda: _numpy(np.savez, a=np.zeros(3)),
-        "safetensors": _safetensors,
         "an empty zip": lambda: archive({}, version=False),
         "a zip of text": lambda: archive({"readme.txt": b"hello"}, version=False),
         "a zip with no folder": lambda: archive({"data.pkl": pickle.dumps({}, 2)}, folder=""),
         "TorchScript": _scripted,
+        "constants beside a pickle": lambda: archive({"data.pkl": shell, "constants.pkl": shell}),
+        "code beside a pickle": lambda: archive({"data.pkl": shell, "code/__torch__.py": b"import os"}),
         "a whole module": lambda: torch_bytes(_module()),
         "a whole module, old format": lambda: torch_bytes(_module(), _use_new_zipfile_serialization=False),
         "a plain pickle": lambda: pickle.dumps({"linear.bias": [0.0] * 10}),
         "a pickled array": lambda: pickle.dumps(np.zeros(3)),
-        "a numpy number inside": lambda: torch_bytes({"net": {}, "acc": np.float64(91.2)}),
-        "a tar": lambda: _tar({b"storages": b"\x80\x02K\x00.", b"tensors": b"\x80\x02K\x00.", b"pickle": b"N."}),
+        "a tar": lambda: _tar({b"storages": b"\x80\x02K\x00.", b"tensors": b"\x80\x02K\x00.", b"pickle": shell}),
         "a tar that looks like a pickle": lambda: _tar(
-            {MAGIC: b"", b"storages": b"\x80\x02K\x00.", b"pickle": b"N."}
+            {MAGIC: b"", b"storages": b"\x80\x02K\x00.", b"pickle": shell}
         ),
         "an empty tar": lambda: _tar({}),
         "a list": lambda: torch_bytes([torch.zeros(3)]),
         "a tensor": lambda: torch_bytes(torch.zeros(3)),
         "None": lambda: torch_bytes(None),
-        "a number": lambda: torch_bytes(5),
         "a word": lambda: torch_bytes("resnet20"),
     }
-    for name, make in contents.items():
-        harmless = name in ("a list", "a tensor", "None", "a number", "a word")  # inspect_saved_model.py shows these
-        yield _bytes("another kind", name, lambda _, m=make: m(), harmless=harmless)
+    for title, make in contents.items():
+        yield _bytes("another kind", title, lambda _, m=make: m())
 
 
 # -- pickles written by hand -----------------------------------------------------------------------------------
 
 
-def archive(parts: dict[str, bytes], *, folder: str = "archive/", version: bool = True, **options: Any) -> bytes:
+def archive(
+    parts: dict[str, bytes],
+    *,
+    folder: str = "archive/",
+    version: bool = True,
+    order: bytes = b"little",
+    **options: Any,
+) -> bytes:
     """A zip as torch.save lays it out."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", **options) as file:
         for name, data in parts.items():
             file.writestr(folder + name, data.replace(STORAGE, b"tQ"))
         if version:
-            file.writestr(f"{folder}byteorder", b"little")
+            file.writestr(f"{folder}byteorder", order)
             file.writestr(f"{folder}version", b"3\n")
     return content.getvalue()
 
 
-def legacy(data: bytes) -> bytes:
-    """A pickle as the third object of a file before 1.6."""
+def legacy(data: bytes, storages: dict[str, tuple[int, bytes]] | None = None) -> bytes:
+    """A pickle as the third object of a file before 1.6; storages: the number of values of each, and its bytes."""
     system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
-    data = data.replace(STORAGE, b"NtQ")  # a view of a part of it
-    return MAGIC + pickle.dumps(1001, 2) + pickle.dumps(system, 2) + data + pickle.dumps([], 2)
+    data = data.replace(STORAGE, b"NtQ")  # not a view of a part of it
+    end = b"".join(struct.pack("<q", count) + content for count, content in (storages or {}).values())
+    return (
+        MAGIC + pickle.dumps(1001, 2) + pickle.dumps(system, 2) + data + pickle.dumps(list(storages or {}), 2) + end
+    )
 
 
 def text(value: str) -> bytes:
@@ -320,8 +311,8 @@ def call(module: str, attribute: str, *arguments: bytes) -> bytes:
     return name(module, attribute) + b"(" + b"".join(arguments) + b"tR"
 
 
-def storage(count: int, key: str = "0", kind: str = "FloatStorage") -> bytes:
-    return b"(" + text("storage") + name("torch", kind) + text(key) + text("cpu") + whole(count) + STORAGE
+def storage(count: int, key: str = "0", kind: str = "FloatStorage", view: bytes = STORAGE) -> bytes:
+    return b"(" + text("storage") + name("torch", kind) + text(key) + text("cpu") + whole(count) + view
 
 
 def tensor(count: int, size: list[int], stride: list[int], offset: int = 0, **more: Any) -> bytes:
@@ -329,6 +320,18 @@ def tensor(count: int, size: list[int], stride: list[int], offset: int = 0, **mo
     hooks = call("collections", "OrderedDict")
     arguments = storage(count, **more), whole(offset), shape, steps, b"\x89", hooks
     return call("torch._utils", "_rebuild_tensor_v2", *arguments)
+
+
+def array(data: bytes, shape: list[int]) -> bytes:
+    """An array of bytes of numpy's, as protocol 5 has it."""
+    content = b"B" + struct.pack("<I", len(data)) + data
+    numbers = b"(" + b"".join(map(whole, shape)) + b"t"
+    return call("numpy._core.numeric", "_frombuffer", content, U1, numbers, text("C"))
+
+
+def stored(data: bytes) -> bytes:
+    """A storage in a plain pickle: a file in the file."""
+    return call("torch.storage", "_load_from_bytes", b"B" + struct.pack("<I", len(data)) + data)
 
 
 def dictionary(**items: bytes) -> bytes:
@@ -386,26 +389,38 @@ def code() -> Iterator[Case]:
         "an instance": b"(" + shell + b"ios\nsystem\n",
         "an object": b"(" + name("os", "system") + shell + b"o",
         "a new object": name("os", "system") + b"(" + shell + b"t\x81",
-        "a state": name("torch._utils", "_rebuild_tensor") + dictionary(__code__=shell) + b"b",
+        "a state of a function": name("torch._utils", "_rebuild_tensor") + dictionary(__code__=shell) + b"b",
+        "a state of a class": name("torch.nn", "Linear") + dictionary(forward=name("os", "system")) + b"b",
+        "a state of a dictionary": call("collections", "OrderedDict") + dictionary(items=name("os", "system")) + b"b",
+        "a call that is dropped": call("os", "system", shell) + b"0N",
+        "a call of a call": call("builtins", "getattr", name("os", "path"), text("os")) + b"(" + shell + b"tR",
+        "a storage": b"(" + text("module") + call("os", "system", shell) + text("a") + text("b") + STORAGE,
         "a registered extension": b"\x82\x01(" + shell + b"tR",
+        "a registered extension of two bytes": b"\x83\x01\x00(" + shell + b"tR",
+        "a registered extension of four bytes": b"\x84\x01\x00\x00\x00(" + shell + b"tR",
     }
     for title, value in calls.items():
         yield from both("code", title, lambda v=value: v)
     for place in ("arch", "metrics", "state_dict", "epoch", "config"):
-        for function in (os.system, eval):
-            argument = f"touch {CANARY}" if function is os.system else f"open({CANARY!r}, 'w')"
-            harm = Call(function, argument)
-            yield _bytes(
-                "code",
-                f"{function.__name__} as {place} of a checkpoint",
-                lambda base, p=place, h=harm: torch_bytes(base.raw | {p: h, "checksum": "0" * 64}),
-            )
-    for protocol in range(6):
-        harm = Call(os.system, f"touch {CANARY}")
+        for function, argument in ((os.system, f"touch {CANARY}"), (eval, f"open({CANARY!r}, 'w')")):
+            harm = {place: Call(function, argument), "checksum": "0" * 64}
+            title = f"{function.__name__} as {place} of a checkpoint"
+            yield _bytes("code", title, lambda base, h=harm: torch_bytes(base.raw | h))
+    harm = Call(os.system, f"touch {CANARY}")
+    for form in (True, False):
         yield _bytes(
-            "code", f"protocol {protocol}", lambda _, n=protocol, h=harm: torch_bytes({"a": h}, pickle_protocol=n)
+            "code",
+            f"beside good weights, {'new' if form else 'old'} format",
+            lambda base, f=form: torch_bytes(
+                {"w": base.raw["state_dict"], "x": harm}, _use_new_zipfile_serialization=f
+            ),
+            harmless=True,
         )
-        yield _bytes("code", f"protocol {protocol}, a bare pickle", lambda _, n=protocol, h=harm: pickle.dumps(h, n))
+    for protocol in range(6):
+        yield _bytes(
+            "code", f"protocol {protocol}", lambda _, n=protocol: torch_bytes({"a": harm}, pickle_protocol=n)
+        )
+        yield _bytes("code", f"protocol {protocol}, a bare pickle", lambda _, n=protocol: pickle.dumps(harm, n))
     yield _bytes(
         "code", "in place of the magic number", lambda _: pickle.dumps(Call(os.system, f"touch {CANARY}"), 2)
     )
@@ -436,9 +451,20 @@ def _remembered(value: bytes, use: bytes, times: int) -> bytes:
 
 def _laughs(depth: int) -> bytes:
     """Lists of ten times the same list, `depth` levels deep: 10**depth values in all."""
-    value = b"]q\x00(" + b"K\x01" * 10 + b"e"
+    memo = [bytes([depth - 1 - level]) for level in range(depth)]  # the outermost comes first in the file
+    value = b"]q" + memo[0] + b"(" + b"K\x01" * 10 + b"e"
     for level in range(1, depth):
-        value = b"]q" + bytes([level]) + b"(" + value + (b"h" + bytes([level - 1])) * 9 + b"e"
+        value = b"]q" + memo[level] + b"(" + value + (b"h" + memo[level - 1]) * 9 + b"e"
+    return value
+
+
+def _doubled(value: bytes, levels: int, function: bytes = b"") -> bytes:
+    """A pair of a pair of ... `value`: 2**levels of it; with `function`, the call of it with each pair."""
+    if not function:
+        return value + b"2\x86" * levels
+    for level in range(levels):
+        index = bytes([level])
+        value += b"q" + index + b"0" + function + (b"h" + index) * 2 + b"\x86R"
     return value
 
 
@@ -450,7 +476,7 @@ def _overlapping(count: int = 250, kernel: int = 8_000_000) -> bytes:
     """Each part contains all those behind it, down to one of zeros: `count` times 8 MB in all."""
     tail, entries = bytes(kernel), []
     for number in range(count):
-        name = f"archive/data/{count - number:04}".encode()
+        name = b"archive/data.pkl" if number == 0 else f"archive/data/{count - number:04}".encode()
         about = struct.pack("<HHHHHIIIHH", 20, 0, 0, 0, 33, zlib.crc32(tail), len(tail), len(tail), len(name), 0)
         entries.append((about, name, len(tail)))
         tail = b"PK\x03\x04" + about + name + tail
@@ -485,6 +511,31 @@ def bombs() -> Iterator[Case]:
         "lists a hundred thousand deep": b"]" * 100_000 + b"a" * 99_999,
         "tuples a hundred thousand deep": b")" + b"\x85" * 100_000,
         "dictionaries deep": (b"}" + text("a")) * 60_000 + b"N" + b"s" * 60_000,
+        "arrays copied": _remembered(
+            million,
+            name("numpy.core.numeric", "_frombuffer")
+            + b"(h\x00"
+            + U1
+            + b"("
+            + whole(10**6)
+            + b"t"
+            + text("C")
+            + b"tR",
+            20_000,
+        ),
+        "a key that doubles": b"}" + _doubled(b")", 40) + b"Ns",
+        "a member of a set that doubles": b"\x8f(" + _doubled(b")", 40) + b"\x90",
+        "a tuple 400,000 deep as a key": b"}" + b")" + b"\x85" * 400_000 + b"Ns",
+        "a value that doubles": _doubled(b")", 40),
+        "the state of an object that doubles": call("a", "B") + _doubled(b")", 40) + b"b",
+        "objects that double": _doubled(b"N", 60, name("a", "B")),
+        "objects in each other": call("a", "B") + b"q\x00" + dictionary(me=b"h\x00") + b"b",
+        "modules in each other": call("a", "B")
+        + b"q\x00"
+        + dictionary(_modules=dictionary(a=b"h\x00", b=b"h\x00"))
+        + b"b",
+        "keys that collide": b"}(" + b"".join(whole(i << 32) + b"N" for i in range(30_000)) + b"u",
+        "lists fifty deep": b"]" * 60 + b"a" * 59,
         "a list that holds itself": b"]q\x00h\x00a",
         "a dictionary that holds itself": b"}q\x00" + text("state_dict") + b"h\x00s",
         "a million values": _laughs(6),
@@ -579,10 +630,26 @@ def crooked() -> Iterator[Case]:
         "a tensor of nothing": call("torch", "Tensor", whole(10**10)),
         "a parameter of nothing": call("torch.nn.parameter", "Parameter", b"N"),
         "an unknown device": call("torch", "device", text("nowhere:5")),
+        "an array of more than is there": array(b"abc", [2, 2]),
+        "an array of a negative shape": array(b"", [-1, 2]),
+        "an array of too many dimensions": array(b"a", [1] * 100),
+        "an array of no bytes": call("numpy.core.multiarray", "scalar", U1, b"N"),
+        "a storage with no file in it": stored(b"abc"),
+        "a storage in a storage": stored(pickled(stored(b"\x80\x02}."))),
+        "items of a number": b"K\x05K\x06a",
+        "pairs of none": call("collections", "OrderedDict", b"](K\x05e"),
         "too few arguments": call("torch._utils", "_rebuild_tensor_v2", storage(4)),
     }
     for title, value in shapes.items():
         yield from both("crooked", title, lambda v=value: dictionary(a=v), _0=four)
+    views = {"beyond": (2, 9), "before": (-1, 2), "huge": (2**62, 2**62)}
+    for title, (offset, length) in views.items():
+        view = b"(" + text("v") + whole(offset) + whole(length) + b"ttQ"
+        made = dictionary(a=storage(4, view=view))
+        yield _bytes("crooked", f"a view {title} its storage", lambda _, v=made: legacy(pickled(v), {"0": (4, four)}))
+    good = {"data.pkl": pickled(dictionary(a=tensor(4, [4], [1]))), "data/0": four}
+    yield _bytes("crooked", "of another byte order", lambda _: archive(good, order=b"big"))
+    yield _bytes("crooked", "storages that lack", lambda _: legacy(pickled(dictionary(a=tensor(4, [4], [1])))))
     for title, value in {
         "no end": b"\x80\x02}",
         "no beginning": b".",
@@ -723,7 +790,6 @@ def metadata() -> Iterator[Case]:
         for number, value in enumerate(wrong):
             title = f"{key} is {str(value)[:20]!r} ({number})"
             yield _bytes("metadata", title, lambda base, k=key, v=value: _with(base, **{k: v}))
-    yield _bytes("metadata", "two containers", lambda base: _with(base, net=base.raw["state_dict"]))
     yield _bytes("metadata", "no checksum", lambda base: torch_bytes(base.raw))
     yield _bytes(
         "metadata", "a checksum that is a tensor", lambda base: torch_bytes(base.raw | {"checksum": torch.ones(3)})

@@ -9,8 +9,6 @@ import os
 import random
 import sys
 import time
-import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -212,19 +210,6 @@ def test_a_flipped_bit_never_gives_other_weights(tmp_path, kind, request):
 # -- what others have saved ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("holder", [None, "state_dict", "net", "model", "model_state_dict"])
-@pytest.mark.parametrize(
-    "prefix", ["", "model.", "module.", "_orig_mod.", "module.model._orig_mod.", "_orig_mod.module.module."]
-)
-def test_containers_and_prefixes(tmp_path, holder, prefix):
-    state = OrderedDict((prefix + name, value) for name, value in STATE.items())
-    value = state if holder is None else {holder: state, "epoch": 12, "acc": 91.2, "optimizer": {"lr": 0.1}}
-    loaded = checkpoints.load(torch_saved(tmp_path / "a.pth", value))
-    assert (loaded.kind, loaded.arch) == ("unknown", "resnet20")
-    assert same(loaded.state_dict, STATE)
-    assert loaded.renamed == {prefix + name: name for name in STATE}
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_floating_point_types_become_float32(tmp_path, dtype):
     state = {name: v.to(dtype) if v.is_floating_point() else v for name, v in STATE.items()}
@@ -232,29 +217,10 @@ def test_other_floating_point_types_become_float32(tmp_path, dtype):
     assert same(loaded.state_dict, {n: v.float() if v.is_floating_point() else v for n, v in state.items()})
 
 
-def test_counters_of_batchnorm_may_be_missing(tmp_path):
-    state = {name: value for name, value in STATE.items() if not name.endswith("num_batches_tracked")}
-    loaded = checkpoints.load(torch_saved(tmp_path / "a.pth", state))
-    assert list(loaded.state_dict) == list(STATE)
-    assert same({name: loaded.state_dict[name] for name in state}, state)
-
-
-@pytest.mark.parametrize("holder", [None, "net"])
-def test_the_format_before_pytorch_1_6(tmp_path, holder):
-    value = STATE if holder is None else {holder: STATE}
-    path = torch_saved(tmp_path / "a.pth", value, _use_new_zipfile_serialization=False)
-    assert not zipfile.is_zipfile(path)
-    assert same(checkpoints.load(path).state_dict, STATE)
-
-
 @pytest.mark.parametrize("arch", ["resnet32", "resnet44", "resnet56", "resnet110"])
 def test_the_depth_is_read_from_the_keys(tmp_path, arch):
     loaded = checkpoints.load(torch_saved(tmp_path / "a.pth", random_network(arch).state_dict()))
     assert loaded.arch == arch
-
-
-def test_binary_weights_of_others_are_recognized(tmp_path):
-    assert checkpoints.load(torch_saved(tmp_path / "a.pth", BINARY_STATE)).kind == "binary"
 
 
 def test_tensors_that_share_memory_are_not_taken_without_end(tmp_path):
@@ -289,7 +255,7 @@ FOREIGN = {
     "a key too many": (STATE | {"layer4.0.conv1.weight": torch.zeros(1)}, ["unexpected 'layer4.0.conv1.weight'"]),
     "a key too few": (without, ["missing 'layer2.1.bn1.bias'"]),
     "other names": ({f"features.{i}.weight": torch.zeros(2) for i in range(9)}, ["features.0.weight", "ResNet-20"]),
-    "another shape": (STATE | {"linear.weight": torch.zeros(100, 64)}, ["linear.weight", "(100, 64)", "(10, 64)"]),
+    "another shape": (STATE | {"linear.weight": torch.zeros(10, 32)}, ["linear.weight", "(10, 32)", "(10, 64)"]),
     "whole numbers": (STATE | {"linear.bias": torch.zeros(10, dtype=torch.int64)}, ["linear.bias", "int64"]),
     "complex numbers": (
         STATE | {"linear.bias": torch.zeros(10, dtype=torch.complex64)},
@@ -303,14 +269,9 @@ FOREIGN = {
         ["linear.bias"],
     ),
     "a negative variance": (with_value("bn1.running_var", -1.0), ["bn1.running_var", "negative"]),
-    "two containers": ({"net": STATE, "state_dict": STATE}, ["'net'", "'state_dict'"]),
-    "two keys that become one": (STATE | {"module.linear.bias": torch.zeros(10)}, ["'linear.bias'", "module."]),
-    "a value among tensors": (STATE | {"epoch": 3}, ["'epoch' is no tensor"]),
-    "a number as a key": (STATE | {5: torch.zeros(1)}, ["no tensor"]),
-    "an empty dictionary": ({}, ["empty"]),
-    "an empty container": ({"state_dict": {}}, ["empty"]),
-    "a list": ([1, 2], ["list"]),
-    "a tensor": (torch.zeros(3), ["Tensor"]),
+    "two keys that become one": (STATE | {"module.linear.bias": torch.zeros(10)}, ["'linear.bias'", "prefixes"]),
+    "a number as a key": (STATE | {5: torch.zeros(1)}, ["unexpected '5'"]),
+    "a number in place of a tensor": (STATE | {"linear.bias": 5}, ["missing 'linear.bias'"]),
 }
 
 
@@ -326,13 +287,18 @@ OURS = {
     "a version that is no number": ({"format_version": torch.zeros(2)}, ["version"]),
     "an unknown kind": ({"kind": "ternary"}, ["ternary"]),
     "a kind that is no word": ({"kind": torch.zeros(2)}, ["kind"]),
-    "another architecture": ({"arch": "resnet56"}, ["resnet56", "resnet20"]),
+    "another architecture": ({"arch": "resnet56"}, ["do not fit resnet56", "missing"]),
+    "an unknown architecture": ({"arch": "vgg11"}, ["vgg11", "resnet20"]),
     "an architecture that is no word": ({"arch": 5}, ["5", "resnet20"]),
+    "a prefix": ({"state_dict": {f"model.{key}": value for key, value in STATE.items()}}, ["'model.conv1.weight'"]),
+    "no counters": ({"state_dict": {k: v for k, v in STATE.items() if "num_batches" not in k}}, ["num_batches"]),
+    "a quantizer that is no word": ({"quantizer": 5}, ["quantizer"]),
+    "an empty state_dict": ({"state_dict": {}}, ["conv1.weight"]),
+    "a state_dict of numbers": ({"state_dict": {"conv1.weight": 5}}, ["state_dict"]),
     "binary in name only": ({"kind": "binary"}, ["binary", "conv1.weight"]),
     "a scale of zero": ({"logit_scale": 0}, ["logit_scale"]),
     "a scale that is not finite": ({"logit_scale": float("inf")}, ["logit_scale"]),
     "a scale that is no number": ({"logit_scale": "1"}, ["logit_scale"]),
-    "two containers": ({"net": STATE}, ["'net'"]),
     "packed in name only": ({"kind": checkpoints.BINARY_1BIT}, ["1-bit"]),
 }
 
@@ -387,33 +353,36 @@ def test_a_missing_file_says_what_makes_it(tmp_path, name, hint):
 RULES = {
     "another kind: a tar": "a tar archive",
     "another kind: a tar that looks like a pickle": "a tar archive",
-    "another kind: an empty tar": "a tar archive",
-    "another kind: a whole module": "torch.nn.modules",
-    "another kind: a numpy number inside": "numpy",
-    "code: os.system": "os.system, which could run code",
-    "code: eval, as Python 2 names it, old format": "builtins.eval, which could run code",
-    "code: a dotted name": "torch.serialization.os.system, which could run code",
+    "another kind: TorchScript": "TorchScript",
     "code: in a part of another case": "one name",
     "code: in a second part of that name": "one name",
+    "code: a registered extension": "EXT1",
     "bomb: compressed": "compressed",
     "bomb: overlapping parts": "overlap",
     "bomb: sixty thousand parts": "too many parts",
     "bomb: a memo of 2**31": "more memory than it can need",
-    "bomb: bytearray of 1 TB": "bytes that it does not hold",
     "bomb: bytes copied": "too many copies",
-    "bomb: sets copied, old format": "too many copies",
+    "bomb: sets copied, old format": "too many keys",
+    "bomb: arrays copied": "too many copies",
     "bomb: a list that holds itself": "or itself",
     "bomb: a million values": "too many values",
+    "bomb: lists fifty deep": "too many values",
+    "bomb: a tuple 400,000 deep as a key": "no plain value",
     "bomb: thirty million dictionaries, old format": "too long",
     "bomb: a million tensors": "too long",
-    "bomb: a number of six hundred digits": "no plain value",
+    "bomb: keys that collide": "too many keys",
+    "bomb: a number of six hundred digits": "too many digits",
     "bomb: a storage of 4 TB": "another size",
     "bomb: a storage of 4 TB, old format": "another size",
     "bomb: 4 TB from one number": "larger than the file",
-    "bomb: shapes copied": "too many dimensions",
+    "bomb: shapes copied": "no proper shape",
     "crooked: a much larger storage than stored": "another size",
-    "crooked: five thousand dimensions": "no proper storage or shape",
+    "crooked: five thousand dimensions": "no proper shape",
+    "crooked: an offset beyond the end": "beyond its storage",
     "crooked: a storage of no type": "NoStorage",
+    "crooked: a view beyond its storage": "beyond its storage",
+    "crooked: a storage in a storage": "a storage that is none",
+    "crooked: of another byte order": "byte order",
 }
 
 
@@ -423,7 +392,7 @@ def test_the_message_says_what_was_refused(tmp_path, name):
     case = next(case for case in hostile_corpus.corpus() if str(case) == name)
     case.write(tmp_path / "a.pth", hostile_corpus.Base.of(make("latent")))
     message = refusal(tmp_path / "a.pth")
-    assert "refused" in message
+    assert "refused" in message or name.startswith("another kind")
     assert RULES[name] in message
 
 
@@ -443,19 +412,25 @@ def test_attributes_in_the_place_of_methods_are_left_behind(tmp_path):
     assert not hasattr(loaded.raw, "__dict__")
 
 
-def test_torch_load_is_called_in_one_place_and_safely(tmp_path, monkeypatch):
-    root, calls, original = Path(cli.__file__).parent.parent, [], torch.load
+def test_nothing_is_unpickled_by_anyone_else():
+    """Nobody calls torch.load, and the reader does not even import pickle."""
+    root = Path(cli.__file__).parent.parent
     for path in [*root.glob("*.py"), *root.glob("engine/**/*.py"), *root.glob("models/*.py")]:
-        names = [ast.unparse(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
-        assert ("torch.load" in names) == (path.name == "reader.py"), path
+        nodes = [n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Attribute | ast.alias)]
+        names = {ast.unparse(node) for node in nodes}
+        assert not names & {"torch.load", "torch.jit.load", "pickle.load", "pickle.loads", "np.load"}, path
+        assert "pickle" not in names or "checkpoints" not in path.parts, path
 
-    def load(*args: object, **options: object) -> object:
-        calls.append(options)
-        return original(*args, **options)
 
-    monkeypatch.setattr("torch.load", load)
-    checkpoints.load(saved(tmp_path / "a.pth"))
-    assert [call["weights_only"] for call in calls] == [True]
+def test_reading_takes_time_in_proportion_to_the_file(tmp_path):
+    """Sixteen times the tensors: at most forty times the time, so that nothing is quadratic."""
+    seconds = []
+    for count in (500, 8000):
+        path = torch_saved(tmp_path / "a.pth", {f"layer.{i}": torch.zeros(10) for i in range(count)})
+        start = time.perf_counter()
+        checkpoints.read(path)
+        seconds.append(time.perf_counter() - start)
+    assert seconds[1] < 40 * max(seconds[0], 0.01), seconds
 
 
 def test_messages_are_one_printable_line_of_bounded_length(capsys):

@@ -273,10 +273,10 @@ AS_COMMANDS = [
     ("flipped: bit 3, archive written anew", "load_binarized_example.py"),
     ("not a file: a pipe", "analyze_binary_weights.py"),
     ("code: os.system", "save_binary_model.py"),
-    ("code: eval, old format", "inspect_saved_model.py"),
+    ("bomb: a key that doubles, old format", "inspect_saved_model.py"),
     ("bomb: bytearray of 10 GB", "main.py --resume"),
     ("values: NaN in conv1.weight", "main_binary.py --resume"),
-    ("metadata: two containers", "main_binary.py --init"),
+    ("code: a state of a class", "main_binary.py --init"),
     ("another kind: a whole module", "main_binary.py --teacher"),
 ]
 

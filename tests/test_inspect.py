@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from networks import binary_network, random_network, save_checkpoint, sha256
@@ -17,7 +18,6 @@ from networks import binary_network, random_network, save_checkpoint, sha256
 import inspect_saved_model as inspecting
 from engine import checkpoints
 from engine.cli import UserError
-from engine.report import narrow
 from models.bitpack import pack_model
 from models.resnet_s import weight_layers
 
@@ -61,14 +61,16 @@ def test_a_checkpoint_to_resume_from(tmp_path: Path, run_script: Callable) -> No
     printed = run_script("inspect_saved_model.py", path.name, cwd=tmp_path).stdout
     size = path.stat().st_size
     assert f"File: checkpoint_last.pth\n  {size:,} bytes ({size / 1e6:.2f} MB)\n  SHA-256 {sha256(path)}\n" in printed
-    assert "What it is: a checkpoint of this collection\nFits: ✓ resnet20, latent weights of BinaryConnect" in printed
-    assert "Keys: 116 tensors under 'state_dict', no prefixes\n" in printed
-    assert "  epoch: 30\n  config: {lr: 0.1, arch: resnet20}\n" in printed
-    assert "    history: [30 items, the last {epoch: 30, train_loss: 0.0666667}]\n" in printed
-    assert "{epoch: 29, metrics: {test_accuracy: 81.25}, state_dict: {116 tensors}}" in " ".join(printed.split())
+    assert "What it is: a file of this collection\nFits: ✓ resnet20, latent weights of BinaryConnect" in printed
+    assert "Keys: 116 tensors under 'state_dict'\n" in printed
+    assert "  epoch: 30\n  config: {'arch': 'resnet20', 'lr': 0.1}\n" in printed
+    assert "    history: [30 items, the last {'epoch': 30, 'train_loss': 0.06667}]\n" in printed
+    assert "{'epoch': 29, 'metrics': {'test_accuracy': 81.25}, 'state_dict': {116 tensors}}" in " ".join(
+        printed.split()
+    )
 
     weight = random_network().layer3[2].conv2.weight.detach()
-    low, high, distinct = (narrow(float(v), 7) for v in (weight.min(), weight.max(), len(weight.unique())))
+    low, high, distinct = f"{weight.min():.4g}", f"{weight.max():.4g}", str(len(weight.unique()))
     assert row_of(printed, "layer3.2.conv2.weight") == ["64x64x3x3", "float32", "147456", low, high, distinct]
     seen = str(int(random_network().layer1[0].bn1.num_batches_tracked))
     assert row_of(printed, "layer1.0.bn1.num_batches_tracked") == ["scalar", "int64", "8", seen, seen, "1"]
@@ -103,7 +105,7 @@ def test_a_one_bit_file_is_explained(tmp_path: Path, call: Callable, keep: bool)
     printed = call(tmp_path / "x.pth")
     words = " ".join(printed.split())
     assert "Fits: ✓ resnet20, binary weights, one bit each" in words
-    assert "the 268,336 weights of 19 convolutions and the classifier" in words
+    assert "the 268,336 weights of 20 layers" in words
     assert f"1 is +1 ({plus:,}, {100 * plus / 268_336:.2f}%), 0 is -1 ({268_336 - plus:,}," in words
     assert ("running means" in words) == keep
     assert row_of(printed, "signs") == ["33542", "uint8", "33542", "0", "255", "256"]
@@ -117,15 +119,24 @@ def test_prefixes_and_what_they_become(tmp_path: Path, call: Callable) -> None:
     }
     torch.save({"net": stack, "acc": 91.5, "epoch": 7}, tmp_path / "x.pth")
     printed = call(tmp_path / "x.pth")
-    assert "What it is: a checkpoint that others made\nFits: ✓ resnet20, weights of a kind" in printed
-    assert "Keys: 116 tensors under 'net', with prefixes:" in printed
+    assert "What it is: a file that others made\nFits: ✓ resnet20, weights of a kind" in printed
+    assert "Keys: 116 tensors under 'net'\n" in printed
     words = " ".join(printed.split())
-    assert "'module.' falls away from 21 of them: module.conv1.weight -> conv1.weight" in words
-    assert "'_orig_mod.module.model.' falls away from 95 of them:" in words
+    assert "prefix 'module.' dropped from 21 names" in words
+    assert "prefix '_orig_mod.module.model.' dropped from 95 names" in words
     assert "  acc: 91.5\n  epoch: 7\n" in printed
 
     torch.save(bare, tmp_path / "bare.pth")
-    assert "Keys: 116 tensors at the top level, no prefixes\n" in call(tmp_path / "bare.pth")
+    assert "Keys: 116 tensors at the top level\n" in call(tmp_path / "bare.pth")
+
+
+def test_where_two_fit_both_are_named_and_the_option_chooses(tmp_path: Path, call: Callable) -> None:
+    state = random_network().state_dict()
+    torch.save({"weights": state, "ema": state}, tmp_path / "x.pth")
+    words = " ".join(call(tmp_path / "x.pth").split())
+    assert "Fits: ✗" in words
+    assert all(word in words for word in ("'weights'", "'ema'", "--weights-key"))
+    assert "Keys: 116 tensors under 'ema'\n" in call(tmp_path / "x.pth", "--weights-key", "ema")
 
 
 def test_a_network_of_others_is_shown_and_why_it_does_not_fit(tmp_path: Path, call: Callable) -> None:
@@ -189,7 +200,7 @@ def test_weird_tensors_and_values(tmp_path: Path, call: Callable) -> None:
     for name, (_, cells) in weird_tensors().items():
         assert row_of(printed, name) == cells, name
     assert all(char.isprintable() or char == "\n" for char in printed)
-    assert "  large: 9223372036854775808\n  type: torch.float16\n  set: [1, 2]\n  nan: nan\n" in printed
+    assert "  large: 9223372036854775808\n  type: torch.float16\n  set: {1, 2}\n  nan: nan\n" in printed
     assert "  many: [1,000 items, the last 999]\n" in printed
     assert "  '\\x1b[31mred\\n': '\\x1b[2J'\n" in printed
     assert max(len(line) for line in printed.splitlines() if str(tmp_path) not in line) <= 80
@@ -229,15 +240,39 @@ class Payload:
         return os.mkdir, ("made-by-the-payload",)
 
 
-def test_hostile_and_broken_files_are_refused_in_one_line(
+class Looped:
+    """Holds itself, and twice what it holds, ten levels down."""
+
+    def __init__(self, depth: int = 12) -> None:
+        self.me = self
+        self.left = self.right = Looped(depth - 1) if depth else {"x": "y" * 5000}
+
+
+def test_objects_are_listed_and_those_that_would_be_called_are_marked(
     tmp_path: Path, call: Callable, run_script: Callable
 ) -> None:
-    torch.save({"state_dict": {}, "x": Payload()}, tmp_path / "hostile.pth")
-    done = run_script("inspect_saved_model.py", "hostile.pth", cwd=tmp_path, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"Error: hostile\.pth: refused: .*\n", done.stderr)
+    content = {"net": random_network(), "x": Payload(), "loop": Looped(), "f": torch.relu, "acc": np.float64(91.5)}
+    torch.save(content, tmp_path / "x.pth")
+    printed = run_script("inspect_saved_model.py", "x.pth", cwd=tmp_path).stdout
+    assert "Fits: ✓ resnet20" in printed
     assert not (tmp_path / "made-by-the-payload").exists()
+    assert re.search(r"^ +⚠ an ordinary load calls posix\.mkdir$", printed, re.M)
+    assert re.search(r"^ +⚠ an ordinary load calls models\.resnet_s\.ResNetS$", printed, re.M)
+    assert re.search(r"^ +only named: torch\._C", printed, re.M)
+    assert "  x: <posix.mkdir: ['made-by-the-payload']>\n" in printed
+    assert "  net: <models.resnet_s.ResNetS: a whole module>\n" in printed
+    assert "  acc: 91.5\n" in printed
+    assert row_of(printed, "layer1.0.conv1.weight")[:2] == ["16x16x3x3", "float32"]
+    assert len(printed) < 20_000
+    assert max(map(len, printed.splitlines())) <= 80
 
+    torch.save([Payload()] * 3, tmp_path / "alone.pth")
+    printed = call(tmp_path / "alone.pth")
+    assert "Fits: ✗ none of our networks: not a checkpoint of a network" in printed
+    assert "⚠ an ordinary load calls posix.mkdir" in printed
+
+
+def test_broken_files_are_refused_in_one_line(tmp_path: Path, call: Callable) -> None:
     good = save_checkpoint(tmp_path / "good.pth", "float").read_bytes()
     broken = {
         "empty": b"",

@@ -8,10 +8,11 @@ A checkpoint of ours is a dictionary of plain values and tensors, readable with 
                     or "binary_1bit" (packed: see models/bitpack.py)
     state_dict      the bare network's, no wrapper prefixes
     epoch, metrics, config, versions, logit_scale, source_sha256
+    quantizer       how latent weights become binary ones; where it is missing, "deterministic_sign"
     training        in checkpoint_last.pth only: optimizers, schedules, position, best so far, history
     checksum        SHA-256 of all the rest
 
-Loading also takes what others have saved: see `load`.
+Loading also takes what others have saved: see `load` and foreign.py.
 """
 
 from __future__ import annotations
@@ -20,25 +21,26 @@ import hashlib
 import importlib.metadata
 import io
 import platform
-import re
+import reprlib
 import stat
 import struct
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from engine.checkpoints import reader as untrusted
+from engine.checkpoints import kinds, reader
+from engine.checkpoints.foreign import blank, find_weights, misfit, some
+from engine.checkpoints.reader import Contents
 from engine.cli import UserError, is_out_of_memory, reason
 from engine.files import atomic_write
 from models.binaryconnect import is_binary
 from models.bitpack import KIND as BINARY_1BIT
 from models.bitpack import unpack_model
-from models.resnet_s import ResNetS, architecture_of, build, weight_layers
+from models.resnet_s import ARCHITECTURES, build, weight_layers
 
 FORMAT_VERSION = 1
 LARGEST_LOGIT_SCALE = 10**6  # beyond, logits would overflow that are not infinite themselves
@@ -49,8 +51,6 @@ BINARIZED = "best_model_binarized.pth"
 PACKED = "best_model_binary_1bit.pth"
 KINDS = ("float", "latent", "binary", BINARY_1BIT)
 
-_CONTAINERS = ("state_dict", "net", "model_state_dict", "model")
-_PREFIX = re.compile(r"^(?:(?:model|module|_orig_mod)\.)+")
 _MOST_BYTES = 10**9  # no checkpoint of such a network comes near it
 
 
@@ -68,7 +68,10 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     logit_scale: float = 1.0
     source_sha256: str | None = None
-    renamed: dict[str, str] = field(default_factory=dict)  # names in the file -> the network's
+    quantizer: str = "deterministic_sign"  # how latent weights become binary ones
+    foreign: bool = False  # not written by this collection
+    weights_key: str = "state_dict"  # where in the file the weights are; "" at the top level
+    notes: list[str] = field(default_factory=list)  # how the file was read, lines to print
     raw: dict[str, Any] = field(default_factory=dict)  # the file's own dictionary
 
     @property
@@ -78,7 +81,7 @@ class Checkpoint:
         steps = training.get("steps_done") if isinstance(training, dict) else 0
         return steps if type(steps) is int and 0 < steps <= 10**9 else 0
 
-    def model(self, *, fold: bool = True) -> ResNetS:
+    def model(self, *, fold: bool = True) -> nn.Module:
         """The network with these weights, on the CPU, in evaluation mode. fold: see `bitpack.unpack_model`."""
         if self.kind == BINARY_1BIT:
             return unpack_model(self.raw, fold=fold)
@@ -159,29 +162,43 @@ def _feed(sha: Any, value: Any) -> None:
 
 
 def read(path: Path, content: bytes | None = None) -> tuple[Any, str]:
-    """What a `.pth` file holds, and the file's SHA-256. Nothing in the file is run, and nothing it declares makes
-    us take much more memory than its own size.
+    """What a `.pth` file holds, and the file's SHA-256. See `examine`."""
+    contents, sha256 = examine(path, content)
+    return contents.value, sha256
 
+
+def examine(path: Path, content: bytes | None = None) -> tuple[Contents, str]:
+    """What a `.pth` file holds with the names of all that was not made, and the file's SHA-256.
+
+    Nothing in the file is run, and nothing it declares makes us take much more memory than its own size.
     content: what the file holds or is to hold, where it is in memory already.
     Raises UserError, one line that names the file, for anything that is not a readable checkpoint.
     """
     if content is None:
         content = _read_regular_file(path)
+    kind = kinds.other_kind(content)
+    if kind:
+        raise UserError(f"{path}: {kind}")
     try:
-        value = untrusted.load(content)
-    except untrusted.Refused as error:
+        contents = reader.load(content)
+    except reader.OtherKind as error:
+        raise UserError(f"{path}: {error}") from error
+    except reader.Refused as error:
         raise UserError(f"{path}: refused: {error}; use another copy or make it again") from error
-    except Exception as error:  # the readers that torch.load consists of raise whatever a damaged file leads them to
+    except Exception as error:  # a damaged file leads the reader, zipfile and torch to errors of any type
         if is_out_of_memory(error):
             raise UserError(f"{path}: needs more memory than there is; close other programs") from error
+        if kinds.is_text(content):
+            raise UserError(f"{path}: is a text, not a checkpoint; give a .pth file") from error
         raise UserError(
             f"{path}: truncated, damaged or not a checkpoint; use another copy or make it again"
         ) from error
+    value = contents.value
     if isinstance(value, dict) and "format_version" in value:
         rest = {key: item for key, item in value.items() if key != "checksum"}
-        if value.get("checksum") != digest(rest):
+        if not isinstance(value.get("checksum"), str) or value["checksum"] != digest(rest):
             raise UserError(f"{path}: damaged: its content does not match its checksum; use another copy")
-    return value, hashlib.sha256(content).hexdigest()
+    return contents, hashlib.sha256(content).hexdigest()
 
 
 def _read_regular_file(path: Path) -> bytes:
@@ -210,56 +227,85 @@ def _how_to_make(path: Path) -> str:
     return makers.get(path.name, "check the path")
 
 
-def load(path: Path, content: bytes | None = None) -> Checkpoint:
+def load(path: Path, content: bytes | None = None, *, weights_key: str | None = None) -> Checkpoint:
     """Load a checkpoint of ours or of others, with the network's own parameter names.
 
-    Accepted: a checkpoint of ours (1-bit ones too), a bare state_dict, one under `state_dict`, `net`, `model` or
-    `model_state_dict`, any stack of the prefixes `model.`, `module.`, `_orig_mod.`, any floating-point dtype.
-    content: as in `read`.
+    Accepted: a checkpoint of ours (1-bit ones too), whose declared architecture is believed; of others a state_dict
+    or a whole module under any key or none, with any prefix, `fc` for `linear`, any floating-point dtype, beside
+    whatever else. `notes` says what was done to it.
+    content: as in `examine`. weights_key: which weights to take, where several in a foreign file fit.
     Raises UserError that names the file for everything else, with the keys that do not fit, and where a tensor
     is not finite.
     """
-    raw, sha256 = read(path, content)
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: not a checkpoint: it holds a {type(raw).__name__}, not a dictionary")
-    about = _metadata(path, raw)
-    if about["kind"] == BINARY_1BIT:
-        return _load_packed(path, sha256, raw, about)
-    tensors, renamed = bare_state_dict(path, raw)
-    arch = _architecture(path, raw, tensors)
-    state_dict = _fit(path, arch, tensors)
-    loaded = Checkpoint(path, sha256, arch, state_dict=state_dict, renamed=renamed, raw=raw, **about)
-    _settle_kind(loaded)
+    contents, sha256 = examine(path, content)
+    raw = contents.value if isinstance(contents.value, dict) else {}
+    if "format_version" in raw:
+        loaded = _load_ours(path, sha256, raw, weights_key)
+    else:
+        found = find_weights(path, contents, weights_key)
+        loaded = Checkpoint(path, sha256, found.arch, "unknown", _checked(path, found.arch, found.tensors), raw=raw)
+        loaded.foreign, loaded.weights_key, loaded.notes = True, found.key, found.notes
+        epoch = raw.get("epoch")
+        loaded.epoch = epoch if type(epoch) is int else None
+    if contents.inert:
+        loaded.notes.append(f"objects not made, nothing was run: {some(list(contents.inert), most=3)}")
+    if loaded.kind != BINARY_1BIT:
+        _validate_kind(loaded)
     return loaded
 
 
+def _load_ours(path: Path, sha256: str, raw: dict[str, Any], weights_key: str | None) -> Checkpoint:
+    metadata = _metadata(path, raw)
+    if metadata["kind"] == BINARY_1BIT:
+        return _load_packed(path, sha256, raw, metadata)
+    if weights_key not in (None, "state_dict"):
+        raise UserError(f"{path}: --weights-key {weights_key}: the weights of this file are under 'state_dict'")
+    arch, tensors = raw.get("arch"), raw.get("state_dict")
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise UserError(f"{path}: its architecture {_short(arch)} is none of those in models/: {known}")
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"{path}: its state_dict is not a dictionary of tensors; use another copy")
+    problem = misfit(arch, tensors, counters_needed=True)
+    if problem:
+        raise UserError(f"{path}: {problem}")
+    return Checkpoint(path, sha256, arch, state_dict=_checked(path, arch, tensors), raw=raw, **metadata)
+
+
 def _metadata(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
-    """What the file says of itself; the values of foreign files, which may mean anything, only where they fit."""
-    ours = "format_version" in raw
-    version = raw.get("format_version")
-    if ours and (type(version) is not int or version != FORMAT_VERSION):
-        raise UserError(f"{path}: format version {version!r} is not {FORMAT_VERSION}: update the scripts")
-    kind = raw.get("kind", "unknown") if ours else "unknown"
-    if not isinstance(kind, str) or (ours and kind not in KINDS):
-        raise UserError(f"{path}: unknown kind of weights {kind!r}; known are {', '.join(KINDS)}")
-    scale = raw.get("logit_scale", 1.0) if ours else 1.0
+    """What a file of ours says of itself. Raises UserError where that cannot be."""
+    version, kind, scale = raw["format_version"], raw.get("kind"), raw.get("logit_scale", 1.0)
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {_short(version)} is not {FORMAT_VERSION}: update the scripts")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UserError(f"{path}: unknown kind of weights {_short(kind)}; known are {', '.join(KINDS)}")
     if not isinstance(scale, int | float) or not 0 < scale <= LARGEST_LOGIT_SCALE:
-        raise UserError(f"{path}: logit_scale {scale!r} is not a positive number of at most {LARGEST_LOGIT_SCALE:,}")
-    epoch = raw.get("epoch")
+        most = f"{LARGEST_LOGIT_SCALE:,}"
+        raise UserError(f"{path}: logit_scale {_short(scale)} is not a positive number of at most {most}")
+    quantizer = raw.get("quantizer", "deterministic_sign")
+    if not isinstance(quantizer, str):
+        raise UserError(f"{path}: quantizer {_short(quantizer)} is not the name of one")
+    epoch, source = raw.get("epoch"), raw.get("source_sha256")
     return {
         "kind": kind,
         "epoch": epoch if type(epoch) is int else None,
-        "metrics": raw["metrics"] if ours and isinstance(raw.get("metrics"), dict) else {},
-        "config": raw["config"] if ours and isinstance(raw.get("config"), dict) else {},
+        "metrics": raw["metrics"] if isinstance(raw.get("metrics"), dict) else {},
+        "config": raw["config"] if isinstance(raw.get("config"), dict) else {},
         "logit_scale": float(scale),
-        "source_sha256": raw["source_sha256"] if ours and isinstance(raw.get("source_sha256"), str) else None,
+        "quantizer": quantizer,
+        "source_sha256": source if isinstance(source, str) else None,
     }
 
 
-def _load_packed(path: Path, sha256: str, raw: dict[str, Any], about: dict[str, Any]) -> Checkpoint:
+def _short(value: Any) -> str:
+    """A value from a file for a message, whatever it is and however large."""
+    return reprlib.repr(value) if isinstance(value, str | int | float | None) else f"(a {type(value).__name__})"
+
+
+def _load_packed(path: Path, sha256: str, raw: dict[str, Any], metadata: dict[str, Any]) -> Checkpoint:
     try:
-        if raw.get("batchnorm") not in ("folded", "kept"):
-            raise ValueError(f"batchnorm is {raw.get('batchnorm')!r}, not 'folded' or 'kept'")
+        if not isinstance(raw.get("batchnorm"), str) or raw["batchnorm"] not in ("folded", "kept"):
+            raise ValueError(f"batchnorm is {_short(raw.get('batchnorm'))}, not 'folded' or 'kept'")
         if not isinstance(raw.get("signs"), Tensor) or not isinstance(raw.get("floats"), Tensor):
             raise ValueError("the tensors signs and floats are needed")
         if not isinstance(raw.get("arch"), str):
@@ -267,79 +313,35 @@ def _load_packed(path: Path, sha256: str, raw: dict[str, Any], about: dict[str, 
         unpack_model(raw)
     except ValueError as error:
         raise UserError(f"{path}: not a 1-bit file of ours: {reason(error)}") from error
-    return Checkpoint(path, sha256, raw["arch"], state_dict={}, raw=raw, **about)
+    return Checkpoint(path, sha256, raw["arch"], state_dict={}, raw=raw, **metadata)
 
 
-def bare_state_dict(path: Path, raw: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a loaded file under names with no wrapper prefixes, and {name in the file: that name}.
+def _checked(path: Path, arch: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state_dict in the network's own order and dtypes; names and shapes are known to fit.
 
-    Raises UserError where there are none, where a value is not a tensor, or where two names become one.
+    Raises UserError naming a tensor of another kind of numbers, or with values that no network has.
     """
-    holders = [key for key in _CONTAINERS if isinstance(raw.get(key), dict)]
-    if len(holders) > 1:
-        raise UserError(f"{path}: has both {holders[0]!r} and {holders[1]!r}; keep the one that is meant")
-    tensors = raw[holders[0]] if holders else raw
-    foreign = [key for key, value in tensors.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
-    if foreign or not tensors:
-        what = f"{_some(foreign)} is no tensor" if foreign else "it is an empty dictionary"
-        raise UserError(f"{path}: not a checkpoint of a network: {what}")
-    renamed = {key: _PREFIX.sub("", key) for key in tensors}
-    bare: dict[str, Tensor] = OrderedDict()
-    for key, name in renamed.items():
-        if name in bare:
-            raise UserError(f"{path}: several keys become {name!r} without their prefixes ({key!r} is one)")
-        bare[name] = tensors[key]
-    return bare, renamed
-
-
-def _architecture(path: Path, raw: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    found = architecture_of(tensors)
-    declared = raw.get("arch") if "format_version" in raw else None
-    if found is None:
-        raise UserError(f"{path}: not a ResNet-20/32/44/56/110 of ours: its keys begin {_some(list(tensors))}")
-    if declared is not None and declared != found:
-        raise UserError(f"{path}: says it is {declared!r} but its keys are those of {found}")
-    return found
-
-
-def _fit(path: Path, arch: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state_dict in the network's own order and dtypes. Raises UserError naming what does not fit."""
-    expected = build(arch).state_dict()
-    counters = {key: value for key, value in expected.items() if key.endswith("num_batches_tracked")}
-    unexpected = [key for key in tensors if key not in expected]
-    missing = [key for key in expected if key not in tensors and key not in counters]  # old files lack the counters
-    if unexpected or missing:
-        parts = [f"unexpected {_some(unexpected)}"] * bool(unexpected) + [f"missing {_some(missing)}"] * bool(missing)
-        raise UserError(f"{path}: its keys do not fit {arch}: {'; '.join(parts)}")
-    fitted = {}
-    for key, wanted in expected.items():
-        value = tensors.get(key, wanted)
-        if value.shape != wanted.shape:
-            raise UserError(f"{path}: {key} has shape {tuple(value.shape)}, {arch} needs {tuple(wanted.shape)}")
-        if key in counters:
+    checked = {}
+    for key, wanted in blank(arch).state_dict().items():
+        value = tensors[key] if key in tensors else torch.zeros(wanted.shape, dtype=wanted.dtype)
+        if not wanted.dtype.is_floating_point:
             if value.dtype.is_floating_point or value.dtype.is_complex:
                 raise UserError(f"{path}: {key} has dtype {value.dtype}, a whole number is needed")
         elif not value.dtype.is_floating_point:
             raise UserError(f"{path}: {key} has dtype {value.dtype}, floating point is needed")
-        elif not value.float().isfinite().all():
+        elif not value.to(wanted.dtype).isfinite().all():
             raise UserError(f"{path}: {key} holds NaN or infinite values; the run that made it has diverged")
-        fitted[key] = value.to(wanted.dtype).contiguous()
-    negative = [key for key, value in fitted.items() if key.endswith("running_var") and (value < 0).any()]
-    if negative:
-        raise UserError(f"{path}: {negative[0]} holds negative variances")
-    return fitted
+        elif key.endswith("running_var") and (value < 0).any():
+            raise UserError(f"{path}: {key} holds negative variances")
+        checked[key] = value.to(wanted.dtype).contiguous()
+    return checked
 
 
-def _settle_kind(checkpoint: Checkpoint) -> None:
-    """Hold what the file says of its weights against the weights; tell binary ones of an unknown kind by looking."""
-    names = [f"{name}.weight" for name, _ in weight_layers(build(checkpoint.arch))]
+def _validate_kind(checkpoint: Checkpoint) -> None:
+    """Validate the declared kind against the weights; a foreign file's is "binary" where they are."""
+    names = [f"{name}.weight" for name, _ in weight_layers(blank(checkpoint.arch))]
     mixed = [name for name in names if not is_binary(checkpoint.state_dict[name])]
     if checkpoint.kind == "binary" and mixed:
         raise UserError(f"{checkpoint.path}: says its weights are binary, but {mixed[0]} is not all -1 and +1")
     if checkpoint.kind == "unknown" and not mixed:
         checkpoint.kind = "binary"
-
-
-def _some(keys: list[Any], most: int = 6) -> str:
-    shown = ", ".join(repr(key) if isinstance(key, str) else type(key).__name__ for key in keys[:most])
-    return shown + (f" and {len(keys) - most} more" if len(keys) > most else "")

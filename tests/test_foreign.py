@@ -1,0 +1,496 @@
+"""Files that people have: each is made here as others make it, and must give exactly what the bare state_dict gives,
+or say in one line what it is."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import copy
+import datetime
+import enum
+import gzip
+import io
+import os
+import pickle
+import random
+import tarfile
+import zipfile
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hostile_corpus import CANARY, Call, archive, call, legacy, name, pickled, text, whole
+from networks import binary_network, random_network
+from torch import Tensor, nn
+
+from engine import checkpoints
+from engine.checkpoints import Checkpoint
+from engine.cli import UserError
+
+NETWORK = random_network()
+STATE = NETWORK.state_dict()
+ZEROED = {key: torch.zeros_like(value) if "num_batches" in key else value for key, value in STATE.items()}
+FORMATS = {"archive": {}, "old format": {"_use_new_zipfile_serialization": False}}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return list(one) == list(other) and all(
+        torch.equal(a, b) for a, b in zip(one.values(), other.values(), strict=True)
+    )
+
+
+def saved(path: Path, value: Any, **options: Any) -> Path:
+    with open(path, "wb") as file:
+        torch.save(value, file, **options)
+    return path
+
+
+def opened(path: Path, state: dict[str, Tensor] = STATE, **options: Any) -> Checkpoint:
+    """The file, loaded; its weights must be those of `state`, bit for bit."""
+    loaded = checkpoints.load(path, **options)
+    assert same(loaded.state_dict, state)
+    assert loaded.foreign
+    assert all("\n" not in note for note in loaded.notes)
+    return loaded
+
+
+def refusal(path: Path, **options: Any) -> str:
+    """The message with which `load` refuses a file; it must begin with the file's name."""
+    with pytest.raises(UserError) as refused:
+        checkpoints.load(path, **options)
+    assert str(refused.value).startswith(f"{path}: ")
+    assert "\n" not in str(refused.value)
+    return str(refused.value).removeprefix(f"{path}: ")
+
+
+# -- what lies beside the weights, and what they are packed in -------------------------------------------------
+
+
+class AverageMeter:
+    """As the scripts of many have it, with state of its own."""
+
+    def __init__(self) -> None:
+        self.val, self.history, self.me = 1.5, [1.0, 2.0], self
+
+
+class AttrDict(dict):
+    """A dictionary whose items are attributes too, as in many libraries of options."""
+
+    __getattr__ = dict.get
+
+
+class Phase(enum.Enum):
+    TRAIN = "train"
+
+
+class Wrapped(nn.Module):
+    """A network as the attribute of another module, with things beside it that are no modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(NETWORK)
+        self.activation, self.meter, self.loss = torch.relu, AverageMeter(), nn.CrossEntropyLoss()
+
+
+class Theirs(nn.Module):
+    """A network of others with the names of ours, but for the classifier's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for key, part in NETWORK.named_children():
+            setattr(self, "fc" if key == "linear" else key, copy.deepcopy(part))
+        self.register_buffer("mask", torch.ones(3), persistent=False)
+
+
+def stepped() -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A copy of the network and an optimizer that has moments of its weights."""
+    network = copy.deepcopy(NETWORK)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9)
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    network.load_state_dict(STATE)
+    return network, optimizer
+
+
+def with_attribute(value: Tensor, **attributes: Any) -> Tensor:
+    for key, item in attributes.items():
+        setattr(value, key, item)
+    return value
+
+
+def objects(count: int = 2) -> np.ndarray:
+    made = np.empty(count, dtype=object)
+    made[:] = [AverageMeter() for _ in range(count)]
+    return made
+
+
+def prefixed(prefix: str, state: dict[str, Tensor] = STATE) -> OrderedDict[str, Tensor]:
+    return OrderedDict((prefix + key, value) for key, value in state.items())
+
+
+def with_fc(state: dict[str, Tensor] = STATE) -> dict[str, Tensor]:
+    return {key.replace("linear.", "fc."): value for key, value in state.items()}
+
+
+def slices() -> dict[str, Tensor]:
+    """The floating-point tensors as views of one, 30,000 numbers behind its beginning."""
+    floats = {key: value for key, value in STATE.items() if value.is_floating_point()}
+    memory = torch.cat([torch.zeros(30_000), *(value.reshape(-1) for value in floats.values())])
+    parts = memory[30_000:].split([value.numel() for value in floats.values()])
+    views = {key: part.view(floats[key].shape) for key, part in zip(floats, parts, strict=True)}
+    return {key: views.get(key, value) for key, value in STATE.items()}
+
+
+BESIDE: dict[str, Callable[[], Any]] = {
+    "a number of numpy": lambda: np.float64(92.6),
+    "numbers of numpy": lambda: [
+        np.float32(1),
+        np.float16(1),
+        np.int64(1),
+        np.uint8(1),
+        np.bool_(1),
+        np.complex64(1),
+    ],
+    "other scalars of numpy": lambda: [np.str_("x"), np.datetime64("2020-01-01"), np.longdouble(1)],
+    "arrays of numpy": lambda: {
+        "a": np.ones((2, 3)),
+        "b": np.asfortranarray(np.ones((2, 3), ">f4")),
+        "c": np.array(1),
+    },
+    "arrays of no numbers": lambda: [objects(), np.array(["a"]), np.zeros(2, "datetime64[s]"), np.zeros(2, "i4,f4")],
+    "options": lambda: argparse.Namespace(lr=0.1, data=Path("data"), gpus=[0, 1]),
+    "dates and paths": lambda: [datetime.datetime(2020, 1, 1), Path("x"), datetime.timedelta(1)],
+    "meters": lambda: {"top1": AverageMeter(), "phase": Phase.TRAIN},
+    "dictionaries of all kinds": lambda: [
+        defaultdict(list, a=[1]),
+        AttrDict(a=1),
+        collections.Counter("ab"),
+        OrderedDict(a=OrderedDict()),
+        {Phase.TRAIN: 1, AverageMeter: 2, (0, "a"): 3, 1.5: 4, None: 5},  # classes are keys in files of Lightning
+    ],
+    "lists of all kinds": lambda: [deque([1, 2], 5), {1, "a", (1, 2)}, frozenset({1}), (1, (2, [3])), range(3)],
+    "plain values": lambda: [None, True, 1j, b"abc", bytearray(b"abc"), 2**100, -1, 1e300, "ü", ...],
+    "values of torch": lambda: [torch.Size([1, 2]), torch.float16, torch.device("cuda:0"), torch.strided],
+    "functions and classes": lambda: [torch.relu, os.getcwd, nn.Conv2d, AverageMeter],
+    "generators' states": lambda: [
+        random.Random(0).getstate(),
+        np.random.RandomState(0).get_state(),
+        np.random.default_rng(0).bit_generator.state,
+        np.random.default_rng(0),
+        torch.get_rng_state(),
+    ],
+    "an optimizer's state": lambda: stepped()[1].state_dict(),
+    "a whole optimizer": lambda: stepped()[1],
+    "a whole schedule": lambda: torch.optim.lr_scheduler.MultiStepLR(stepped()[1], [100, 150]),
+    "tensors of other types": lambda: [
+        torch.zeros(3, dtype=torch.uint16),
+        torch.zeros(3, dtype=torch.float8_e4m3fn),
+        torch.zeros(3, dtype=torch.complex32),
+        torch.zeros(0),
+        torch.zeros(2, 2, device="meta"),
+    ],
+    "sparse and quantized tensors": lambda: [
+        torch.eye(3).to_sparse(),
+        torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
+    ],
+    "storages": lambda: [torch.ones(3).untyped_storage(), torch.FloatStorage([1.0, 2.0])],
+    "a module of another kind": lambda: nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 2)),
+    "a loss with weights": lambda: nn.CrossEntropyLoss(weight=torch.ones(10)),
+    "code": lambda: Call(os.system, f"touch {CANARY}"),
+    "an exception": lambda: ValueError("x"),
+}
+AROUND: dict[str, Callable[[], Any]] = {
+    "nothing": lambda: STATE,
+    "net, as kuangliu": lambda: {"net": prefixed("module."), "acc": 92.5, "epoch": 199},
+    "state_dict, as akamaster": lambda: {"state_dict": prefixed("module."), "best_prec1": 91.7},
+    "another key": lambda: {"bc": STATE, "epoch": 3},
+    "a key in a key": lambda: {"run": {"best": {"weights": STATE}}, "epoch": 3},
+    "a tuple": lambda: (3, STATE),
+    "a tensor beside": lambda: {"model_state": STATE, "acc": torch.tensor(92.5)},
+    "values among the weights": lambda: {**STATE, "epoch": 3, "acc": 92.5},
+    "a dictionary with attributes": lambda: AttrDict(state=AttrDict(STATE), epoch=3),
+    "options around": lambda: argparse.Namespace(weights=STATE, epoch=3),
+    "any prefix": lambda: prefixed("backbone.net."),
+    "a number as prefix": lambda: prefixed("0."),
+    "wrappers around any prefix": lambda: {"state_dict": prefixed("_orig_mod.module.student.")},
+    "prefixes of two kinds": lambda: {("module." if "bn" in key else "") + key: v for key, v in STATE.items()},
+    "fc": with_fc,
+    "fc behind a prefix": lambda: {"state_dict": prefixed("module.", with_fc())},
+    "counters of thop": lambda: STATE | {"total_ops": torch.zeros(1), "layer1.0.conv1.total_params": torch.zeros(1)},
+    "the average of weights": lambda: torch.optim.swa_utils.AveragedModel(NETWORK).state_dict(),
+    "no counters of BatchNorm": lambda: {k: v for k, v in ZEROED.items() if "num_batches" not in k},
+    "parameters": lambda: NETWORK.state_dict(keep_vars=True),
+    "tensors with attributes": lambda: {
+        key: with_attribute(value.clone(), tag=AverageMeter()) for key, value in STATE.items()
+    },
+    "parameters with attributes": lambda: {
+        key: with_attribute(nn.Parameter(value.clone()), tag=1) if value.is_floating_point() else value
+        for key, value in STATE.items()
+    },
+    "arrays of numpy": lambda: {key: value.numpy() for key, value in STATE.items()},
+    "negative views": lambda: {k: torch._neg_view(-v) if v.is_floating_point() else v for k, v in STATE.items()},
+    "channels last": lambda: copy.deepcopy(NETWORK).to(memory_format=torch.channels_last).state_dict(),
+    "slices of one memory": slices,
+    "a whole module": lambda: NETWORK,
+    "a whole module under a key": lambda: {"net": NETWORK, "acc": 92.5},
+    "a whole module of others": Theirs,
+    "a whole module in an attribute": Wrapped,
+    "a whole module in two wrappers": lambda: nn.DataParallel(nn.Sequential(NETWORK)),
+    "a module and its optimizer": lambda: dict(zip(("net", "optimizer"), stepped(), strict=True)),
+    "Lightning": lambda: {
+        "state_dict": prefixed("model."),
+        "hyper_parameters": AttrDict(lr=0.1, path=Path("x")),
+        "callbacks": {AverageMeter: {"best": torch.tensor(1.0)}},
+        "optimizer_states": [stepped()[1].state_dict()],
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("beside", BESIDE)
+def test_what_lies_beside_the_weights_does_not_matter(tmp_path, monkeypatch, beside, form):
+    monkeypatch.chdir(tmp_path)
+    path = saved(tmp_path / "a.pth", {"state_dict": STATE, "beside": BESIDE[beside]()}, **FORMATS[form])
+    loaded = opened(path)
+    assert loaded.weights_key == "state_dict"
+    assert not (tmp_path / CANARY).exists()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("around", AROUND)
+def test_weights_are_found_wherever_they_lie(tmp_path, around, form):
+    path = saved(tmp_path / "a.pth", AROUND[around](), **FORMATS[form])
+    loaded = opened(path, ZEROED if around == "no counters of BatchNorm" else STATE)
+    assert loaded.kind == "unknown"
+
+
+@pytest.mark.parametrize("protocol", range(1, 6))  # torch.save with protocol 0 makes what torch.load cannot read
+@pytest.mark.parametrize("around", ["nothing", "a whole module", "net, as kuangliu", "arrays of numpy"])
+def test_every_protocol_of_pickle_and_pickles_without_torch(tmp_path, around, protocol):
+    value = AROUND[around]()
+    beside = {"value": value, "acc": np.float64(92.5), "options": argparse.Namespace(a=1)}
+    for form in FORMATS.values():
+        opened(saved(tmp_path / "a.pth", beside, pickle_protocol=protocol, **form))
+    (tmp_path / "b.pth").write_bytes(pickle.dumps(beside, protocol))
+    opened(tmp_path / "b.pth")
+
+
+def test_numbers_of_numpy_keep_their_values(tmp_path):
+    scalars = [np.float64(92.6), np.float32(-0.1), np.float16(0.5), np.int64(-(2**63)), np.uint64(2**64 - 1)]
+    scalars += [np.bool_(True), np.complex128(1 - 2j), np.dtype(">f8").type(2.5)]
+    arrays = [np.arange(6.0).reshape(2, 3), np.asfortranarray(np.arange(6, dtype=np.int16).reshape(2, 3))]
+    arrays += [
+        np.array([1.5, -2], ">f4"),
+        np.array([True, False]),
+        np.zeros((0, 3), np.uint8),
+        np.array(7, np.uint32),
+    ]
+    for form in FORMATS.values():
+        for protocol in (2, 5):
+            read, _ = checkpoints.read(saved(tmp_path / "a.pth", [scalars, arrays], pickle_protocol=protocol, **form))
+            assert read[0] == [value.item() for value in scalars]
+            assert [type(value) for value in read[0]] == [type(value.item()) for value in scalars]
+            for found, array in zip(read[1], arrays, strict=True):
+                assert isinstance(found, Tensor)
+                assert np.array_equal(found.numpy(), array)
+                assert found.numpy().dtype == array.dtype.newbyteorder("=")
+
+
+def old_dictionary(tensors: dict[str, bytes]) -> bytes:
+    """OrderedDict([[key, value], ...]), as Python 2 pickles it."""
+    pairs = b"".join(b"](" + text(key) + value + b"e" for key, value in tensors.items())
+    return call("collections", "OrderedDict", b"](" + pairs + b"e")
+
+
+def old_tensor(value: Tensor, key: str, view: tuple[int, int] | None = None) -> bytes:
+    """A tensor as torch 0.3 had it on a GPU. view: the size of the storage that it is a part of, and where."""
+    count, part = value.numel(), b""
+    if view:
+        count, offset = view
+        part = b"(" + text(f"view of {offset}") + whole(offset) + whole(value.numel()) + b"t"
+    numbers = [b"(" + b"".join(map(whole, each)) + b"t" for each in (value.shape, value.contiguous().stride())]
+    storage = b"(" + text("storage") + name("torch.cuda", "FloatStorage") + text(key) + text("cuda:0") + whole(count)
+    return call("torch._utils", "_rebuild_tensor", storage + part + b"tQ", whole(0), *numbers)
+
+
+def test_what_python_2_and_torch_0_3_wrote_on_a_gpu(tmp_path):
+    floats = {key: value for key, value in STATE.items() if value.is_floating_point()}
+    parts = {key: value.contiguous().numpy().tobytes() for key, value in floats.items()}
+    whole_tensors = {key: old_tensor(value, key) for key, value in floats.items()}
+    content = archive({"data.pkl": pickled(old_dictionary(whole_tensors)), **{f"data/{k}": parts[k] for k in parts}})
+    (tmp_path / "a.pth").write_bytes(content)
+    opened(tmp_path / "a.pth", ZEROED)
+
+    memory, views = b"".join(parts.values()), {}
+    for key, value in floats.items():
+        offset = sum(len(parts[other]) // 4 for other in list(parts)[: list(parts).index(key)])
+        views[key] = old_tensor(value, "all", (len(memory) // 4, offset))
+    (tmp_path / "b.pth").write_bytes(legacy(pickled(old_dictionary(views)), {"all": (len(memory) // 4, memory)}))
+    opened(tmp_path / "b.pth", ZEROED)
+
+
+# -- what is said ----------------------------------------------------------------------------------------------
+
+
+def test_notes_say_what_was_done(tmp_path):
+    beside = {"bc": prefixed("module.net.", with_fc()), "options": argparse.Namespace(a=1), "epoch": 7}
+    loaded = opened(saved(tmp_path / "a.pth", beside))
+    notes = " ".join(loaded.notes)
+    assert all(word in notes for word in ("'bc'", "'module.net.'", "116", "'fc'", "'linear'", "argparse.Namespace"))
+    assert "nothing was run" in notes
+    assert (loaded.weights_key, loaded.epoch) == ("bc", 7)
+    assert opened(saved(tmp_path / "b.pth", STATE)).notes == []
+
+
+def test_a_file_of_ours_is_not_foreign(tmp_path):
+    checkpoints.save(tmp_path / "a.pth", checkpoints.make("resnet20", "latent", STATE, quantizer="ternary"))
+    loaded = checkpoints.load(tmp_path / "a.pth")
+    assert (loaded.foreign, loaded.notes, loaded.quantizer) == (False, [], "ternary")
+
+
+def test_where_two_fit_the_option_chooses(tmp_path):
+    other = random_network(seed=1).state_dict()
+    path = saved(tmp_path / "a.pth", {"state_dict": STATE, "state_dict_ema": prefixed("module.", other), "net": {}})
+    message = refusal(path)
+    assert all(word in message for word in ("'state_dict'", "'state_dict_ema'", "--weights-key"))
+    opened(path, weights_key="state_dict")
+    opened(path, other, weights_key="state_dict_ema")
+    message = refusal(path, weights_key="weights")
+    assert all(word in message for word in ("--weights-key weights", "'state_dict'", "'state_dict_ema'"))
+    nested = saved(tmp_path / "b.pth", {"runs": [{"w": STATE}, {"w": other}]})
+    opened(nested, other, weights_key="runs.1.w")
+
+
+def option_b() -> dict[str, Tensor]:
+    convolution = {
+        f"layer2.0.downsample.{i}.weight": value for i, value in enumerate((torch.zeros(32, 16, 1, 1),) * 2)
+    }
+    return with_fc() | convolution
+
+
+SAID = {
+    "option B": (option_b, ["option B", "layer2.0.downsample.0.weight"]),
+    "option B under a key": (lambda: {"net": prefixed("module.", option_b())}, ["option B", "'net'"]),
+    "another name of such shortcuts": (
+        lambda: {key.replace("downsample", "shortcut"): value for key, value in option_b().items()},
+        ["option B", "layer2.0.shortcut.0.weight"],
+    ),
+    "100 classes": (lambda: STATE | {"linear.weight": torch.zeros(100, 64)}, ["100 classes", "CIFAR-10"]),
+    "100 classes, fc": (lambda: with_fc() | {"fc.weight": torch.zeros(100, 64)}, ["100 classes"]),
+    "100 classes, a whole module": (lambda: with_classes(100), ["100 classes"]),
+    "code alone": (lambda: {"a": Call(os.system, f"touch {CANARY}")}, ["no tensors", "posix.system"]),
+    "code itself": (lambda: Call(eval, f"open({CANARY!r}, 'w')"), ["no tensors", "builtins.eval"]),
+    "nothing": (dict, ["no tensors"]),
+    "a number": (lambda: 5, ["no tensors"]),
+    "a tensor": (lambda: torch.zeros(3), ["no tensors under names"]),
+    "a network of another kind": (lambda: nn.Sequential(nn.Linear(2, 2)), ["0.weight", "ResNet-20"]),
+    "a normalization before the network": (
+        lambda: prefixed("1.") | {"0.mean": torch.zeros(3)},
+        ["unexpected '0.mean'"],
+    ),
+}
+
+
+def with_classes(count: int) -> nn.Module:
+    network = copy.deepcopy(NETWORK)
+    network.linear = nn.Linear(64, count)
+    return network
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("what", SAID)
+def test_what_does_not_fit_is_said_in_one_line(tmp_path, monkeypatch, what, form):
+    monkeypatch.chdir(tmp_path)
+    make, words = SAID[what]
+    message = refusal(saved(tmp_path / "a.pth", make(), **FORMATS[form]))
+    assert all(word in message for word in words), message
+    assert not (tmp_path / CANARY).exists()
+
+
+def scripted(traced: bool) -> bytes:
+    content = io.BytesIO()
+    module = torch.jit.trace(NETWORK, torch.zeros(1, 3, 32, 32)) if traced else torch.jit.script(nn.Linear(2, 2))
+    torch.jit.save(module, content)
+    return content.getvalue()
+
+
+def tarred() -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as file:
+        file.addfile(tarfile.TarInfo("model.pth"))
+    return content.getvalue()
+
+
+def zipped(*names: str) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as file:
+        for entry in names:
+            file.writestr(entry, b"0" * 100)
+    return content.getvalue()
+
+
+def numpy_archive() -> bytes:
+    content = io.BytesIO()
+    np.savez(content, a=np.zeros(3))
+    return content.getvalue()
+
+
+def safetensors() -> bytes:
+    header = b'{"linear.bias":{"dtype":"F32","shape":[10],"data_offsets":[0,40]}}'
+    return len(header).to_bytes(8, "little") + header + bytes(40)
+
+
+def onnx_bytes() -> bytes:
+    import onnx
+
+    nodes = [onnx.helper.make_node("Identity", ["x"], ["y"])]
+    ends = [[onnx.helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, [1])] for end in "xy"]
+    return onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", *ends)).SerializeToString()
+
+
+KINDS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "TorchScript, traced": (lambda: scripted(traced=True), "TorchScript"),
+    "TorchScript": (lambda: scripted(traced=False), "TorchScript"),
+    "gzip": (lambda: gzip.compress(checkpoints.serialize({"a": 1})), "gzip"),
+    "safetensors": (safetensors, "safetensors"),
+    "ONNX": (onnx_bytes, "load_binarized_example.py"),
+    "Keras, HDF5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(1000), "HDF5"),
+    "Keras, archive": (lambda: zipped("metadata.json", "config.json", "model.weights.h5"), "torch.save did not make"),
+    "a zip around a checkpoint": (lambda: zipped("resnet20.pth"), "resnet20.pth"),
+    "numpy": (lambda: b"\x93NUMPY" + bytes(100), "numpy"),
+    "numpy, archive": (numpy_archive, "a.npy"),
+    "an empty archive": (zipped, "torch.save did not make"),
+    "a tar": (tarred, "tar archive"),
+    "a web page": (lambda: b"\n\n\n<!DOCTYPE html>\n<html><body>404</body></html>", "web page"),
+    "a web page after a mark": (lambda: b"\xef\xbb\xbf<HTML lang=en>" + bytes(10), "download the raw file"),
+    "a Git LFS pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    "PNG": (lambda: b"\x89PNG\r\n\x1a\n" + bytes(100), "picture"),
+    "JPEG": (lambda: b"\xff\xd8\xff\xe0" + bytes(100), "picture"),
+    "PDF": (lambda: b"%PDF-1.7\n", "PDF"),
+    "a log": (lambda: b"epoch 1, accuracy 90%\n" * 50, "text"),
+    "JSON": (lambda: b'{"state_dict": {"linear.bias": [0, 1]}}', "text"),
+    "UTF-16": (lambda: "a checkpoint".encode("utf-16"), "text"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_other_kinds_are_named(tmp_path, kind):
+    make, word = KINDS[kind]
+    (tmp_path / "a.pth").write_bytes(make())
+    assert word in refusal(tmp_path / "a.pth")
+
+
+def test_a_name_that_ends_in_code_is_no_torchscript(tmp_path):
+    """Given a path, torch.save names the archive's folder after the file."""
+    torch.save(STATE, tmp_path / "decode.pth")
+    opened(tmp_path / "decode.pth")
+
+
+def test_binary_weights_of_others_are_recognized(tmp_path):
+    loaded = opened(saved(tmp_path / "a.pth", {"net": binary_network()}), binary_network().state_dict())
+    assert loaded.kind == "binary"
