@@ -38,7 +38,7 @@ from engine.files import atomic_write
 from models.binaryconnect import is_binary
 from models.bitpack import KIND as BINARY_1BIT
 from models.bitpack import unpack_model
-from models.resnet_s import ResNetS, architecture_of, build, weight_layers
+from models.resnet_s import ARCHITECTURES, ResNetS, architecture_of, build, weight_layers
 
 FORMAT_VERSION = 1
 LARGEST_LOGIT_SCALE = 10**6  # beyond, logits would overflow that are not infinite themselves
@@ -69,6 +69,9 @@ class Checkpoint:
     logit_scale: float = 1.0
     source_sha256: str | None = None
     renamed: dict[str, str] = field(default_factory=dict)  # names in the file -> the network's
+    notes: list[str] = field(default_factory=list)  # lines to print
+    foreign: bool = False  # not written by these scripts
+    quantizer: str = "deterministic_sign"  # what made binary weights of latent ones in training
     raw: dict[str, Any] = field(default_factory=dict)  # the file's own dictionary
 
     @property
@@ -210,7 +213,7 @@ def _how_to_make(path: Path) -> str:
     return makers.get(path.name, "check the path")
 
 
-def load(path: Path, content: bytes | None = None) -> Checkpoint:
+def load(path: Path, content: bytes | None = None, *, weights_key: str | None = None) -> Checkpoint:
     """Load a checkpoint of ours or of others, with the network's own parameter names.
 
     Accepted: a checkpoint of ours (1-bit ones too), a bare state_dict, one under `state_dict`, `net`, `model` or
@@ -223,6 +226,10 @@ def load(path: Path, content: bytes | None = None) -> Checkpoint:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: not a checkpoint: it holds a {type(raw).__name__}, not a dictionary")
     about = _metadata(path, raw)
+    if weights_key is not None:
+        if not isinstance(raw.get(weights_key), dict):
+            raise UserError(f"--weights-key {weights_key}: {path} holds no weights under this name")
+        raw = {key: value for key, value in raw.items() if key not in _CONTAINERS} | {"state_dict": raw[weights_key]}
     if about["kind"] == BINARY_1BIT:
         return _load_packed(path, sha256, raw, about)
     tensors, renamed = bare_state_dict(path, raw)
@@ -252,6 +259,8 @@ def _metadata(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
         "metrics": raw["metrics"] if ours and isinstance(raw.get("metrics"), dict) else {},
         "config": raw["config"] if ours and isinstance(raw.get("config"), dict) else {},
         "logit_scale": float(scale),
+        "foreign": not ours,
+        "quantizer": raw["quantizer"] if ours and isinstance(raw.get("quantizer"), str) else "deterministic_sign",
         "source_sha256": raw["source_sha256"] if ours and isinstance(raw.get("source_sha256"), str) else None,
     }
 
@@ -293,8 +302,10 @@ def bare_state_dict(path: Path, raw: dict[str, Any]) -> tuple[dict[str, Tensor],
 
 
 def _architecture(path: Path, raw: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    found = architecture_of(tensors)
     declared = raw.get("arch") if "format_version" in raw else None
+    if isinstance(declared, str) and declared in ARCHITECTURES:
+        return declared
+    found = architecture_of(tensors)
     if found is None:
         raise UserError(f"{path}: not a ResNet-20/32/44/56/110 of ours: its keys begin {_some(list(tensors))}")
     if declared is not None and declared != found:
