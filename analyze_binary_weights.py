@@ -133,7 +133,7 @@ def print_values(layers: list[WeightStats]) -> None:
         print(f"{row.name:<15} {row.values:<32} " + " ".join(f"{cell:>8}" for cell in cells))
     print(
         f"{'-' * 79}\na: sizes within {SCALE_TOLERANCE:.1%} of each other, a rounding to float16, count as one;\n"
-        "bits: 1 with -a and +a, 2 with zeros; bytes: with a float32 for each a"
+        "bits and bytes: 1 bit for -a and +a, 2 bits with zeros, a float32 for each a"
     )
 
 

@@ -245,6 +245,7 @@ def test_another_normalization_goes_with_the_network(tmp_path: Path, small_data:
     with torch.no_grad():
         logits = binary_network()(cifar10.normalize(images.images, mean=(0.1, 0.2, 0.3), std=(0.9, 0.2, 0.5)))
     loss = torch.nn.functional.cross_entropy(logits, images.labels).item()
+    assert checkpoints.load(tmp_path / BINARIZED).metrics["test_loss"] == pytest.approx(loss, abs=2e-4)
     for name in (BINARIZED, PACKED, "x.onnx"):
         printed = call("eval", tmp_path / name, "--data-dir", small_data)
         assert float(re.search(r"^Test loss: (\S+)", printed, re.M)[1]) == pytest.approx(loss, abs=2e-4), name
