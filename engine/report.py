@@ -12,7 +12,7 @@ KIND_WORDS = {
     "latent": "latent weights of BinaryConnect, real-valued",
     "binary": "binary weights, -1 and +1, each a float32",
     BINARY_1BIT: "binary weights, one bit each",
-    "unknown": "weights of unknown kind",
+    "unknown": "weights of a kind that the file does not tell",
 }
 
 
@@ -82,8 +82,11 @@ def share(part: int, whole: int) -> str:
 
 def fixed(value: float) -> str:
     """`value` in at most 8 characters: with four decimals, or with an exponent where those would not show it."""
-    text = f"{value + 0.0:.4f}"  # + 0.0: -0.0 is 0
-    return f"{value:.1e}" if len(text) > 8 or 0 < abs(value) < 0.0005 else text
+    value = value + 0.0  # -0.0 is 0
+    text = f"{value:.4f}"
+    if len(text) > 8 or (value != 0 and abs(value) < 0.0005):
+        text = f"{value:.1e}"
+    return text
 
 
 def narrow(value: float, width: int) -> str:

@@ -117,7 +117,7 @@ def test_prefixes_and_what_they_become(tmp_path: Path, call: Callable) -> None:
     }
     torch.save({"net": stack, "acc": 91.5, "epoch": 7}, tmp_path / "x.pth")
     printed = call(tmp_path / "x.pth")
-    assert "What it is: a checkpoint that others made\nFits: ✓ resnet20, weights of" in printed
+    assert "What it is: a checkpoint that others made\nFits: ✓ resnet20, weights of a kind" in printed
     assert "Keys: 116 tensors under 'net', with prefixes:" in printed
     words = " ".join(printed.split())
     assert "'module.' falls away from 21 of them: module.conv1.weight -> conv1.weight" in words
