@@ -3,28 +3,28 @@
     python3 analyze_binary_weights.py                            best_model.pth
     python3 analyze_binary_weights.py best_model_binarized.pth   another one, 1-bit files too
 
-Only the weights of convolutions and of the classifier count: they are what BinaryConnect makes binary.
+Only the weights of convolutions and linear layers count: they are what BinaryConnect makes binary. Weights that are
+binary but for a scale (XNOR-Net and its kin) and ternary ones are recognized, by layer and by output channel.
 Writes best_model_histograms.png, named after the checkpoint: a histogram per layer and one of all. Needs no data.
 """
 
 from __future__ import annotations
 
-import io
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine import checkpoints, cli, report
+from engine.binarized import SCALE_TOLERANCE, Scaled, find_scale
 from engine.checkpoints import BEST, Checkpoint
 from engine.files import atomic_write
 from engine.report import fixed, share
-from models import ResNetS
-from models.bitpack import information_bytes
-from models.resnet_s import weight_layers
+from models import weight_layers
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class WeightStats:
 
     in_range: weights in [-1, 1], both ends included. between: weights strictly between -1 and +1.
     distance: mean of | |w| - 1 |, how far a weight is from the nearest binary value. std: of the population.
+    bytes: of the weights at the fewest bits that hold them, with their scales in float32. scale: see `find_scale`.
     """
 
     name: str
@@ -47,24 +48,35 @@ class WeightStats:
     plus_one: int
     between: int
     distance: float
+    bytes: int
+    scale: Scaled | None = None
 
     @classmethod
-    def of(cls, name: str, shape: str, w: Tensor) -> WeightStats:
+    def of(cls, name: str, w: Tensor, scale: Scaled | None = None) -> WeightStats:
         """Of a tensor of finite weights, any shape; worked out in float64."""
         w = w.detach().double()
+        magnitude = w.abs()
+        minus_one, plus_one = int((w == -1).sum()), int((w == 1).sum())
+        bits, scales = 32, 0
+        if minus_one + plus_one == w.numel():
+            bits = 1
+        elif scale:
+            bits, scales = 2 if scale.ternary else 1, scale.scales
         return cls(
             name=name,
-            shape=shape,
+            shape="x".join(map(str, w.shape)),
             count=w.numel(),
             min=w.min().item(),
             max=w.max().item(),
             mean=w.mean().item(),
             std=w.std(correction=0).item(),
-            in_range=int((w.abs() <= 1).sum()),
-            minus_one=int((w == -1).sum()),
-            plus_one=int((w == 1).sum()),
-            between=int((w.abs() < 1).sum()),
-            distance=(w.abs() - 1).abs().mean().item(),
+            in_range=int((magnitude <= 1).sum()),
+            minus_one=minus_one,
+            plus_one=plus_one,
+            between=int((magnitude < 1).sum()),
+            distance=(magnitude - 1).abs().mean().item(),
+            bytes=(w.numel() * bits + 7) // 8 + 4 * scales,
+            scale=scale,
         )
 
     @property
@@ -76,21 +88,19 @@ class WeightStats:
         return self.saturated == self.count
 
     @property
-    def bits(self) -> int:
-        """Bits that each weight needs."""
-        return 1 if self.binary else 32
-
-    @property
-    def bytes(self) -> int:
-        return (self.count * self.bits + 7) // 8
+    def values(self) -> str:
+        """The values of a layer's weights, in words."""
+        if self.binary:
+            return "-1 and +1"
+        return f"{self.scale.values} in each {self.scale.per}" if self.scale else "real numbers"
 
 
-def collect(model: ResNetS) -> tuple[list[WeightStats], WeightStats, dict[str, Tensor]]:
+def collect(model: nn.Module) -> tuple[list[WeightStats], WeightStats, dict[str, Tensor]]:
     """The statistics of each layer, of all, and the weights by the layer's name."""
     weights = {name: layer.weight.detach() for name, layer in weight_layers(model)}
-    layers = [WeightStats.of(name, "x".join(map(str, w.shape)), w) for name, w in weights.items()]
-    everything = torch.cat([w.reshape(-1) for w in weights.values()])
-    return layers, WeightStats.of(f"all {len(layers)} layers", "", everything), weights
+    layers = [WeightStats.of(name, w, find_scale(w)) for name, w in weights.items()]
+    total = WeightStats.of(f"all {len(layers)} layers", torch.cat([w.reshape(-1) for w in weights.values()]))
+    return layers, replace(total, shape="", bytes=sum(layer.bytes for layer in layers)), weights
 
 
 # -- the report: every line fits 80 columns ------------------------------------------------------------------
@@ -100,7 +110,8 @@ def print_tables(layers: list[WeightStats], total: WeightStats) -> None:
     print("\nlayer           shape         count      min      max     mean      std bits")
     for row in _ruled(layers, total):
         numbers = " ".join(f"{fixed(value):>8}" for value in (row.min, row.max, row.mean, row.std))
-        print(f"{row.name:<15} {row.shape:<9} {row.count:>9,} {numbers} {row.bits:>4}")
+        bits = f"{8 * row.bytes / row.count:.2g}"
+        print(f"{row.name:<15} {row.shape:<9} {row.count:>9,} {numbers} {bits:>4}")
     print("\nlayer           in [-1,1] exactly -1 exactly +1 in between distance     bytes")
     for row in _ruled(layers, total):
         counts = " ".join(f"{count:>10,}" for count in (row.minus_one, row.plus_one, row.between))
@@ -108,6 +119,21 @@ def print_tables(layers: list[WeightStats], total: WeightStats) -> None:
     print(
         "bits: 1 for a layer of nothing but -1 and +1, and bytes at that width;\n"
         "in between: strictly; distance: mean distance to the nearest binary value"
+    )
+    if len({row.values for row in layers}) > 1 or any(row.scale and not row.binary for row in layers):
+        print_values(layers)
+
+
+def print_values(layers: list[WeightStats]) -> None:
+    """The table of a file whose layers are binary up to a scale, ternary or unlike each other."""
+    print(f"\n{'layer':<15} {'weights':<32} {'a from':>8} {'to':>8} {'zeros':>8}\n{'-' * 79}")
+    for row in layers:
+        scale = row.scale
+        cells = (fixed(scale.low), fixed(scale.high), share(scale.zeros, row.count)) if scale else ("-", "-", "-")
+        print(f"{row.name:<15} {row.values:<32} " + " ".join(f"{cell:>8}" for cell in cells))
+    print(
+        f"{'-' * 79}\na: sizes within {SCALE_TOLERANCE:.1%} of each other, a rounding to float16, count as one;\n"
+        "bits and bytes: 1 bit for -a and +a, 2 bits with zeros, a float32 for each a"
     )
 
 
@@ -119,26 +145,24 @@ def _ruled(layers: list[WeightStats], total: WeightStats) -> Iterator[WeightStat
     yield total
 
 
-def print_sizes(model: ResNetS, total: WeightStats) -> None:
+def print_sizes(model: nn.Module, total: WeightStats) -> None:
     """What one bit per weight saves, of the weights alone and of the whole network."""
-    tensors = [value for value in model.state_dict().values() if value.is_floating_point()]
-    kept = 4 * (sum(value.numel() for value in tensors) - total.count)
-    packed = (total.count + 7) // 8
-    folded = information_bytes(model) - packed
+    floats = sum(value.numel() for value in model.state_dict().values() if value.is_floating_point())
+    kept = 4 * (floats - total.count)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    folded = kept - 8 * sum(norm.num_features for norm in norms)  # a scale and a shift in place of four numbers
     rows = [("weights alone", 0), ("and all the rest in float32", kept)]
     if folded != kept:
         rows.append(("the same, BatchNorm folded", folded))
+    packed = (total.count + 7) // 8
     print(f"\n{'size of the numbers, in bytes':<32}{'float32':>12}{'1-bit weights':>16}{'ratio':>9}")
     for label, rest in rows:
         full, small = 4 * total.count + rest, packed + rest
         print(f"{label:<32}{full:>12,}{small:>16,}{full / small:>8.2f}x")
 
 
-def verdict(total: WeightStats, kind: str) -> list[str]:
+def verdict(layers: list[WeightStats], total: WeightStats, kind: str) -> list[str]:
     """What the weights are, in lines to print; every number is computed from the weights."""
-    outside = total.count - total.in_range
-    in_range = f"  {share(total.in_range, total.count)} of weights are between -1 and +1"
-    saturated = f"  Saturated, exactly -1 or +1: {total.saturated:,} ({share(total.saturated, total.count)})"
     if total.binary:
         return [
             "✓ Weights appear to be BINARIZED (all values are at or very close to -1 or +1)",
@@ -146,6 +170,16 @@ def verdict(total: WeightStats, kind: str) -> list[str]:
             f"  Exactly +1: {total.plus_one:,} ({share(total.plus_one, total.count)})",
             f"  In between: {total.between:,} ({share(total.between, total.count)})",
         ]
+    scales = [layer.scale for layer in layers if layer.scale]
+    if len(scales) == len(layers):
+        return _scaled_verdict(scales, total)
+    outside = total.count - total.in_range
+    in_range = f"  {share(total.in_range, total.count)} of weights are between -1 and +1"
+    saturated = f"  Saturated, exactly -1 or +1: {total.saturated:,} ({share(total.saturated, total.count)})"
+    if scales:
+        kinds = Counter(layer.values for layer in layers)
+        parts = [f"  {count} of {len(layers)} layers: {values}" for values, count in kinds.most_common()]
+        return ["⚠ Weights are MIXED: the layers differ, see the table", *parts, in_range, saturated]
     if outside:
         lines = [
             "✗ Weights are neither clipped to [-1, 1] nor binarized",
@@ -172,6 +206,26 @@ def verdict(total: WeightStats, kind: str) -> list[str]:
     return lines
 
 
+def _scaled_verdict(scales: list[Scaled], total: WeightStats) -> list[str]:
+    """Of weights that are -a and +a, or -a, 0 and +a, in every layer."""
+    per = max((scale.per for scale in scales), key=["layer", "output channel"].index)  # the finer one
+    used = [scale for scale in scales if scale.high] or scales  # without layers of zeros
+    low, high = min(scale.low for scale in used), max(scale.high for scale in used)
+    size = f"a from {low:.4g} to {high:.4g}"
+    if any(scale.ternary for scale in scales):
+        zeros = share(sum(scale.zeros for scale in scales), total.count)
+        return [
+            f"⚠ Weights are TERNARY (-a, 0, +a), {zeros} zeros",
+            f"  {size}, one in each {per}",
+            "  Their signs alone, zeros taken as +1, are another network.",
+        ]
+    return [
+        f"✓ Weights are BINARY UP TO A SCALE (-a and +a in each {per})",
+        f"  {size}",
+        "  Their signs alone, without the scale, are another network.",
+    ]
+
+
 # -- the picture ---------------------------------------------------------------------------------------------
 
 
@@ -180,7 +234,6 @@ def draw(path: Path, title: str, layers: list[WeightStats], weights: dict[str, T
 
     clipped: show [-1, 1] in every panel; otherwise each panel has its own range.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = 5 if len(layers) <= 60 else 8
@@ -188,7 +241,6 @@ def draw(path: Path, title: str, layers: list[WeightStats], weights: dict[str, T
     # In inches, fixed: fitting the layout to the texts takes several seconds where there are 110 panels.
     width, height = 2.9 * columns, 3.6 + 1.75 * rows
     figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
     report.draw_title(figure, title, y=1 - 0.15 / height, va="top")
     sides = {"left": 0.8 / width, "right": 1 - 0.2 / width}
     top = figure.add_gridspec(1, 1, top=1 - 0.75 / height, bottom=1 - 3.1 / height, **sides)
@@ -205,9 +257,7 @@ def draw(path: Path, title: str, layers: list[WeightStats], weights: dict[str, T
         _draw_histogram(axes, weights[layer.name], clipped, bins=41)
         axes.set_title(f"{layer.name}  {layer.shape}", fontsize=8.5)
         axes.tick_params(labelsize=7)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=90)
-    atomic_write(path, image.getvalue())
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=90))
 
 
 def _draw_histogram(axes: object, w: Tensor, clipped: bool, bins: int) -> None:
@@ -237,7 +287,7 @@ def analyze(loaded: Checkpoint, folder: Path) -> None:
     print_tables(layers, total)
     print_sizes(model, total)
     print()
-    print("\n".join(verdict(total, loaded.kind)))
+    print("\n".join(verdict(layers, total, loaded.kind)))
     clipped = total.in_range == total.count and loaded.kind not in ("float", "unknown")
     title = f"{loaded.path.name}: {report.what_it_is(loaded)}"
     picture = folder / f"{loaded.path.stem}_histograms.png"
@@ -247,13 +297,11 @@ def analyze(loaded: Checkpoint, folder: Path) -> None:
 
 def main() -> None:
     parser = cli.ArgumentParser("Weight statistics of a checkpoint, layer by layer: how binary are its weights?")
-    parser.add_argument(
-        "checkpoint", nargs="?", type=Path, default=Path(BEST), metavar="CKPT", help="what to analyze"
-    )
+    cli.add_checkpoint_options(parser, BEST, "what to analyze")
     cli.add_output_option(parser)
     args = parser.parse_args()
     folder = cli.prepare_output_dir(args.output_dir)
-    analyze(checkpoints.load(args.checkpoint), folder)
+    analyze(checkpoints.load(args.checkpoint, weights_key=args.weights_key), folder)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python3 eval.py                            best_model.pth
     python3 eval.py best_model_binarized.pth   another one, 1-bit files too
+    python3 eval.py model.onnx                 an export of save_binary_model.py --onnx
     python3 eval.py --plot samples.png         also draw the confusion matrix and some predictions
 
 Latent weights of BinaryConnect are scored as they are too, but that figure means little: see eval_binarized.py.
@@ -9,14 +10,14 @@ Latent weights of BinaryConnect are scored as they are too, but that figure mean
 
 from __future__ import annotations
 
-import io
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import cifar10
-from engine import checkpoints, cli, report, runtime
+from engine import binarized, checkpoints, cli, normalization, onnx_export, report, runtime
 from engine.checkpoints import BEST
 from engine.cli import UserError
 from engine.evaluate import Scores, evaluate
@@ -24,15 +25,16 @@ from engine.files import atomic_write, keep_source
 
 LATENT_NOTE = """\
 ⚠ These are latent weights. The BatchNorm statistics beside them come from
-  forward passes with binary weights, so the figure below means little; the
-  meaningful one is that of the binarized network: see eval_binarized.py."""
+  forward passes with quantized weights, so the figure below means little."""
+BINARIZED_NOTE = "  The one that counts is that of the binarized network: see eval_binarized.py."
 
-SAMPLES = 24  # right and wrong predictions drawn, of each so many
+SAMPLES = 24  # number of right and of wrong predictions drawn
 
 
 def make_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Score a checkpoint on the test set, as it was saved.")
-    parser.add_argument("checkpoint", nargs="?", type=Path, default=Path(BEST), metavar="CKPT", help="what to score")
+    cli.add_checkpoint_options(parser, BEST, "what to score")
+    cli.add_normalization_options(parser)
     cli.add_data_options(parser, batch_size=500)
     parser.add_argument(
         "--plot",
@@ -81,13 +83,13 @@ def _mistaken_for(row: Tensor, label: int) -> str:
 
 @torch.no_grad()
 def sample_predictions(
-    model: nn.Module, split: cifar10.Split, batch_size: int, device: torch.device
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """The first SAMPLES right and the first SAMPLES wrong predictions: (index in `split`, predicted class) each."""
+    """The first SAMPLES right and the first SAMPLES wrong predictions: (index of the image, predicted class) each."""
     right: list[tuple[int, int]] = []
     wrong: list[tuple[int, int]] = []
     index = 0
-    for images, labels in cifar10.eval_batches(split, batch_size, device):
+    for images, labels in batches:
         for predicted, label in zip(model(images).argmax(1).tolist(), labels.tolist(), strict=True):
             (right if predicted == label else wrong).append((index, predicted))
             index += 1
@@ -98,20 +100,16 @@ def sample_predictions(
 
 def draw(path: Path, title: str, scores: Scores, samples: list[list[tuple[int, int]]], split: cifar10.Split) -> None:
     """Save the page: confusion matrix on the left, right and wrong predictions on the right."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(17, 8.6), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1))
     report.draw_title(figure, title)
     _draw_confusion(left.subplots(), scores)
     top, bottom = right.subplots(2, 1)
     _draw_samples(top, "Right: the first ones in the test set", samples[0], split)
     _draw_samples(bottom, "Wrong: the first ones, predicted (true)", samples[1], split)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=100)
-    atomic_write(path, image.getvalue())
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
 def _draw_confusion(axes: object, scores: Scores) -> None:
@@ -139,16 +137,8 @@ def _draw_samples(axes: object, title: str, samples: list[tuple[int, int]], spli
         label = int(split.labels[index])
         name = cifar10.CLASSES[predicted] + (f"\n({cifar10.CLASSES[label]})" if predicted != label else "")
         color = "tab:green" if predicted == label else "tab:red"
-        axes.text(
-            left + cifar10.SIDE / 2,
-            top + cifar10.SIDE + 0.5,
-            name,
-            ha="center",
-            va="top",
-            fontsize=9,
-            color=color,
-            linespacing=1.05,
-        )
+        middle, below = left + cifar10.SIDE / 2, top + cifar10.SIDE + 0.5
+        axes.text(middle, below, name, ha="center", va="top", fontsize=9, color=color, linespacing=1.05)
     axes.imshow(sheet.numpy(), interpolation="nearest")
     axes.set_title(title if samples else f"{title}: none", loc="left")
     axes.axis("off")
@@ -159,28 +149,42 @@ def _draw_samples(axes: object, title: str, samples: list[tuple[int, int]], spli
 
 def main() -> None:
     args = make_parser().parse_args()
+    path = args.checkpoint
     device = cli.select_device(args.device, args.threads)
     runtime.keep_freed_memory()
     check_plot(args.plot)
-    loaded = checkpoints.load(args.checkpoint)
+    if path.suffix == ".onnx":
+        model, loaded = onnx_export.open_network(args), None
+    else:
+        loaded = checkpoints.load(path, weights_key=args.weights_key)
+        model = loaded.model().to(device, memory_format=torch.channels_last)
     if args.plot:
-        keep_source(args.checkpoint, args.plot)
+        keep_source(path, args.plot)
     data = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
 
-    print("\n".join(report.headline(loaded)))
-    if loaded.kind == "latent":
-        print(LATENT_NOTE)
-    model = loaded.model().to(device, memory_format=torch.channels_last)
-    batches = cifar10.eval_batches(data.test, args.batch_size, device)
-    scores = evaluate(
-        model, batches, len(data.test), logit_scale=loaded.logit_scale, progress="test", path=loaded.path
-    )
-    print_scores(scores, data, loaded.logit_scale)
+    if loaded:
+        what, scale = report.what_it_is(loaded), loaded.logit_scale
+        print("\n".join(report.headline(loaded)))
+        if loaded.kind == "latent":
+            print(LATENT_NOTE)
+            if loaded.quantizer in binarized.SIGN_QUANTIZERS:
+                print(BINARIZED_NOTE)
+        used = normalization.choose(loaded, args, cifar10.MEAN, cifar10.STD)
+    else:
+        what, scale = "ONNX network", 1.0
+        print(f"{path}\n  {what}")
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        if loaded:
+            return cifar10.eval_batches(data.test, args.batch_size, device, **used)
+        return model.batches(data.test, args.batch_size)
+
+    scores = evaluate(model, batches(), len(data.test), logit_scale=scale, progress="test", path=path)
+    print_scores(scores, data, scale)
     if args.plot:
-        samples = sample_predictions(model, data.test, args.batch_size, device)
         # With the kind of the weights: a picture travels without the warning printed above.
-        title = f"{loaded.path.name}: {report.what_it_is(loaded)}: {scores.accuracy:.2f}% on {data.scored_on}"
-        draw(args.plot, title, scores, samples, data.test)
+        title = f"{path.name}: {what}: {scores.accuracy:.2f}% on {data.scored_on}"
+        draw(args.plot, title, scores, sample_predictions(model, batches()), data.test)
         print(f"\nSaved the confusion matrix and sample predictions: {args.plot}")
 
 

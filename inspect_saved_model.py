@@ -22,7 +22,7 @@ from engine.checkpoints.foreign import is_module, module_state
 from engine.checkpoints.reader import Inert
 from engine.cli import UserError
 from engine.report import counted, share, what_it_is
-from models.resnet_s import weight_layers
+from models import weight_layers
 
 WIDTH = 80
 TOP = ""  # stands for the top level of the file

@@ -18,25 +18,23 @@ import torch
 from torch import Tensor, nn
 
 import cifar10
-from engine import binarized, checkpoints, cli, onnx_export
+from engine import binarized, checkpoints, cli, normalization, onnx_export, report
 from engine.checkpoints import BEST, BINARIZED, BINARY_1BIT, PACKED, Checkpoint
 from engine.cli import UserError
 from engine.evaluate import Scores, evaluate
 from engine.files import atomic_write, keep_source
-from models import ResNetS
+from engine.normalization import Normalization
+from models import weight_layers
 from models.bitpack import information_bytes, pack_model
-from models.resnet_s import weight_layers
 
 CALIBRATION_IMAGES = 1000
-INT8_LOSS = 0.2  # percentage points of accuracy that 8-bit activations may cost;
-INT8_IMAGES = 3  # so many images are allowed in any case: of few, one is much
+INT8_LOSS = 0.2  # percentage points of accuracy that 8-bit activations may cost
+INT8_IMAGES = 3  # images that they may cost in any case: one image is a large share of a small set
 
 
 def make_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Pack a BinaryConnect network to one bit per weight and prove that nothing is lost.")
-    parser.add_argument(
-        "checkpoint", nargs="?", type=Path, default=Path(BEST), metavar="CKPT", help="latent or binarized weights"
-    )
+    cli.add_checkpoint_options(parser, BEST, "latent or binarized weights")
     parser.add_argument(
         "--keep-batchnorm",
         action="store_true",
@@ -54,6 +52,7 @@ def make_parser() -> cli.ArgumentParser:
         action="store_true",
         help=f"with activations of 8 bits, their ranges taken from {CALIBRATION_IMAGES:,} training images",
     )
+    cli.add_normalization_options(parser)
     cli.add_data_options(parser, batch_size=500)
     cli.add_output_option(parser)
     return parser
@@ -67,23 +66,26 @@ def onnx_path(text: str) -> Path:
 
 
 def score(
-    model: nn.Module, data: cifar10.Data, batch_size: int, device: torch.device, path: Path | None = None
+    model: nn.Module, data: cifar10.Data, args: argparse.Namespace, device: torch.device, used: Normalization
 ) -> tuple[Scores, Tensor]:
-    """Scores on the test images, printed, and the logits, float32 (images, 10) on the CPU."""
+    """Scores on the test images, printed, and the logits, float32 (images, 10) on the CPU. Moves `model` to `device`.
+
+    used: the normalization of the images; an ONNX network has its own.
+    """
     test, logits = data.test, []
     if isinstance(model, onnx_export.OnnxNetwork):
-        batches = zip(test.images.split(batch_size), test.labels.split(batch_size), strict=True)
+        batches = model.batches(test, args.batch_size)
     else:
-        batches = cifar10.eval_batches(test, batch_size, device)
-    placed = model.to(device, memory_format=torch.channels_last)
-    handle = placed.register_forward_hook(lambda _module, _inputs, output: logits.append(output.float().cpu()))
-    scores = evaluate(placed, batches, len(test), progress="test", path=path)
+        batches = cifar10.eval_batches(test, args.batch_size, device, **used)
+    model.to(device, memory_format=torch.channels_last)
+    handle = model.register_forward_hook(lambda _module, _inputs, output: logits.append(output.float().cpu()))
+    scores = evaluate(model, batches, len(test), progress="test", path=args.checkpoint)
     handle.remove()
     print(scores.accuracy_line())
     return scores, torch.cat(logits)
 
 
-def prove_same_signs(model: ResNetS, unpacked: ResNetS) -> None:
+def prove_same_signs(model: nn.Module, unpacked: nn.Module) -> None:
     """Print that both have the same weights, all -1 or +1; raise RuntimeError naming a layer that differs."""
     count = 0
     for (name, layer), (_, other) in zip(weight_layers(model), weight_layers(unpacked), strict=True):
@@ -112,15 +114,16 @@ def prove_same_logits(expected: Tensor, found: Tensor) -> None:
     print(f"✓ Logits agree: max |difference| {difference:.1e}, max |logit| {float(expected.abs().max()):.3g}")
 
 
-def pack(loaded: Checkpoint, model: ResNetS, scores: Scores, *, keep_batchnorm: bool) -> bytes:
+def pack(loaded: Checkpoint, model: nn.Module, scores: Scores, used: Normalization, *, keep_batchnorm: bool) -> bytes:
     """The content of the 1-bit file: signs, floats and a short description."""
-    about = {"accuracy": scores.accuracy, "test_images": scores.images, "logit_scale": loaded.logit_scale}
-    packed = pack_model(model, loaded.arch, keep_batchnorm=keep_batchnorm)
-    made = checkpoints.make(loaded.arch, BINARY_1BIT, None) | packed | about
-    return checkpoints.serialize(made | {"source_sha256": loaded.sha256})
+    packed = checkpoints.make(loaded.arch, BINARY_1BIT, None)
+    packed |= pack_model(model, loaded.arch, keep_batchnorm=keep_batchnorm)
+    packed |= {"accuracy": scores.accuracy, "test_images": scores.images, "logit_scale": loaded.logit_scale}
+    packed |= {"source_sha256": loaded.sha256} | ({"normalization": used} if used else {})
+    return checkpoints.serialize(packed)
 
 
-def binarized_file(loaded: Checkpoint, model: ResNetS, folder: Path) -> tuple[str, int]:
+def binarized_file(loaded: Checkpoint, model: nn.Module, folder: Path) -> tuple[str, int]:
     """Name and bytes of the same network in float32: a file that is there, or one serialized in memory."""
     if loaded.kind == "binary":
         return loaded.path.name, loaded.path.stat().st_size
@@ -134,25 +137,30 @@ def binarized_file(loaded: Checkpoint, model: ResNetS, folder: Path) -> tuple[st
     return "in memory", len(content)
 
 
-def print_sizes(loaded: Checkpoint, model: ResNetS, packed_bytes: int, folder: Path) -> None:
-    """A table of bytes, measured from the files, and how many times smaller each is than the first."""
+def print_sizes(loaded: Checkpoint, model: nn.Module, packed_bytes: int, folder: Path) -> None:
+    """A table of bytes, measured from the files, and how many times smaller each is than the first of its group."""
     name, size = binarized_file(loaded, model, folder)
-    rows = [(f"binarized, float32 ({name})", size), (f"1 bit a weight ({PACKED})", packed_bytes)]
+    files = [(f"binarized, float32 ({name})", size), (f"1 bit a weight ({PACKED})", packed_bytes)]
     if loaded.kind != "binary":
-        rows.insert(0, (f"{loaded.kind}, float32 ({loaded.path.name})", loaded.path.stat().st_size))
-    rows.append(("information limit: signs, scales, shifts, bias", information_bytes(model)))
+        files.insert(0, (f"{loaded.kind}, float32 ({loaded.path.name})", loaded.path.stat().st_size))
+    files.append(("information limit: signs, scales, shifts, bias", information_bytes(model)))
+    count = sum(layer.weight.numel() for _, layer in weight_layers(model))
+    weights = [
+        ("the weights alone in float32", 4 * count),
+        ("the weights alone, one bit each", (count + 7) // 8),
+    ]
     print(f"\n{'size':<56}{'bytes':>12}{'ratio':>9}")
-    for label, count in rows:
-        print(f"{label:<56.55}{count:>12,}{rows[0][1] / count:>8.1f}x")
-    weights = sum(layer.weight.numel() for _, layer in weight_layers(model))
-    print(f"{'the weights alone in float32':<56}{4 * weights:>12,}{1:>8.1f}x")
-    print(
-        f"{'the weights alone, one bit each':<56}{(weights + 7) // 8:>12,}{4 * weights / ((weights + 7) // 8):>8.1f}x"
-    )
+    for rows in (files, weights):
+        for label, size in rows:
+            print(f"{label:<56.55}{size:>12,}{rows[0][1] / size:>8.1f}x")
 
 
 def save_onnx(
-    args: argparse.Namespace, packed: Checkpoint, data: cifar10.Data, expected: tuple[Scores, Tensor]
+    args: argparse.Namespace,
+    packed: Checkpoint,
+    data: cifar10.Data,
+    expected: tuple[Scores, Tensor],
+    used: Normalization | None = None,
 ) -> None:
     """Export the packed network to args.onnx, once it is shown to classify as `expected`, the same in torch.
 
@@ -160,9 +168,10 @@ def save_onnx(
     form differs.
     """
     images = data.train.images[:CALIBRATION_IMAGES].numpy() if args.int8 else None
-    content = onnx_export.export(packed.model(fold=False), cifar10.MEAN, cifar10.STD, images)
+    mean, std = (used or {"mean": cifar10.MEAN, "std": cifar10.STD}).values()
+    content = onnx_export.export(packed.model(fold=False), mean, std, images)
     print(f"\nONNX, {'8-bit' if args.int8 else 'float32'} activations, run by onnxruntime:")
-    found, logits = score(onnx_export.OnnxNetwork(content), data, args.batch_size, torch.device("cpu"))
+    found, logits = score(onnx_export.OnnxNetwork(content), data, args, torch.device("cpu"), {})
     if args.int8:
         lost = expected[0].accuracy - found.accuracy
         if lost > INT8_LOSS and expected[0].correct - found.correct > INT8_IMAGES:
@@ -191,36 +200,35 @@ def main() -> None:
     args = parse_arguments()
     device = cli.select_device(args.device, args.threads)
     folder = cli.prepare_output_dir(args.output_dir)
-    loaded = checkpoints.load(args.checkpoint)
+    loaded = checkpoints.load(args.checkpoint, weights_key=args.weights_key)
     if loaded.kind == BINARY_1BIT:
         raise UserError(f"{args.checkpoint}: is packed already; give the checkpoint it was made from")
-    keep_source(args.checkpoint, folder / PACKED)
-    if args.onnx:
-        keep_source(args.checkpoint, args.onnx)
+    for made in (folder / PACKED, args.onnx):
+        if made:
+            keep_source(args.checkpoint, made)
+    binarized.check_quantizer(loaded)
     calibration = CALIBRATION_IMAGES if args.int8 else None
     data = cifar10.load(args.data_dir, train=args.int8, limit_train=calibration, limit_test=args.limit_test)
 
-    print(f"{args.checkpoint}: {loaded.arch}, {loaded.kind} weights")
+    print("\n".join(report.short_headline(loaded)))
+    used = normalization.choose(loaded, args, cifar10.MEAN, cifar10.STD)
     model = binarized.binarized_model(loaded)
     print(f"Binarized, scored on {data.scored_on}:")
-    scores, logits = score(model, data, args.batch_size, device, loaded.path)
-    content = pack(loaded, model, scores, keep_batchnorm=args.keep_batchnorm)
-    path = folder / PACKED
-    packed = checkpoints.load(args.checkpoint, content)  # as it will be in the file, before the file is there
+    scores, logits = score(model, data, args, device, used)
+    content = pack(loaded, model, scores, used, keep_batchnorm=args.keep_batchnorm)
+    packed = checkpoints.load(args.checkpoint, content=content)  # as it will be in the file, before the file is there
     prove_same_signs(model, packed.model(fold=False))
     print("Unpacked and folded, on the same images:")
-    unpacked = score(packed.model(), data, args.batch_size, device, loaded.path)
+    unpacked = score(packed.model(), data, args, device, used)
     try:
         prove_same_logits(logits, unpacked[1])
     except RuntimeError as error:  # BatchNorm may hold numbers that float32 cannot fold
         raise UserError(f"{args.checkpoint}: cannot be packed: {error}") from error
-    binarized.write(path, content, loaded.sha256)
-    if path.read_bytes() != content:
-        raise UserError(f"{path}: reads back other than it was written; is another process writing it too?")
-    print(f"✓ Saved 1-bit model: {path}, {len(content):,} bytes")
+    binarized.write(folder / PACKED, content, loaded.sha256)
+    print(f"✓ Saved 1-bit model: {folder / PACKED}, {len(content):,} bytes")
     print_sizes(loaded, model, len(content), folder)
     if args.onnx:
-        save_onnx(args, packed, data, unpacked)
+        save_onnx(args, packed, data, unpacked, used)
 
 
 if __name__ == "__main__":

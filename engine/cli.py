@@ -129,6 +129,22 @@ def add_data_options(parser: ArgumentParser, *, batch_size: int) -> None:
     add_device_options(group)
 
 
+def add_checkpoint_options(parser: ArgumentParser, default: str, help: str) -> None:
+    """The checkpoint that a script reads, CKPT, and --weights-key."""
+    parser.add_argument("checkpoint", nargs="?", type=Path, default=Path(default), metavar="CKPT", help=help)
+    parser.add_argument(
+        "--weights-key", metavar="NAME", help="the entry of the file that holds the weights, where several could"
+    )
+
+
+def add_normalization_options(parser: ArgumentParser) -> None:
+    """--mean and --std, three numbers each: see engine/normalization.py."""
+    group = parser.add_argument_group("normalization, for networks trained elsewhere (the scale where 255 is 1)")
+    channels = {"nargs": 3, "metavar": ("R", "G", "B")}
+    group.add_argument("--mean", type=number(0, maximum=1), help="default: the training set's", **channels)
+    group.add_argument("--std", type=number(0, above=True, maximum=1), help="default: the training set's", **channels)
+
+
 def add_data_dir_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--data-dir",

@@ -16,7 +16,8 @@ as their quantization step, so the weights are not rounded. QuantizeLinear and D
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -320,6 +321,19 @@ def start_session(content: bytes) -> Any:
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
+def open_network(args: argparse.Namespace) -> OnnxNetwork:
+    """The network of the ONNX file args.checkpoint.
+
+    Raises UserError, also for options that are for other files: the graph normalizes by itself.
+    """
+    for name in ("weights_key", "mean", "std"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')}: is not for an ONNX file; leave it out")
+    if not args.checkpoint.is_file():
+        raise UserError(f"{args.checkpoint}: no such file; make it with save_binary_model.py --onnx")
+    return OnnxNetwork(args.checkpoint)
+
+
 class OnnxNetwork(nn.Module):
     """An ONNX file run by onnxruntime on the CPU. forward: uint8 (N, 32, 32, 3) pixels -> float32 (N, 10) logits.
 
@@ -338,6 +352,10 @@ class OnnxNetwork(nn.Module):
         except Exception as error:  # onnxruntime has many of its own
             name = "the exported network" if isinstance(file, bytes) else file
             raise UserError(f"{name}: not an ONNX file of save_binary_model.py: {reason(error)}") from error
+
+    def batches(self, split: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every image of a split once, in order: uint8 (B, 32, 32, 3) pixels as `forward` takes them, labels (B,)."""
+        return zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.from_numpy(self.session.run(["logits"], {"images": images.numpy()})[0])

@@ -22,22 +22,27 @@ def what_it_is(loaded: Checkpoint) -> str:
 
 
 def headline(loaded: Checkpoint) -> list[str]:
-    """What a checkpoint is, in a few lines: path, architecture, kind, epoch, the accuracy it recorded."""
+    """What a checkpoint is, in a few lines: path, architecture, kind, epoch, recorded accuracy, notes on reading."""
     lines = [str(loaded.path), f"  {what_it_is(loaded)}"]
     if _is_number(loaded.epoch, 10**9):
-        beyond = f" and {counted(loaded.steps_beyond, 'step')}" if loaded.steps_beyond else ""
-        lines.append(f"  epoch {loaded.epoch}{beyond}")
-    return lines + [f"  recorded {words}" for words in recorded_accuracies(loaded)]
+        lines.append(f"  epoch {loaded.epoch}")
+    return lines + [f"  recorded {words}" for words in recorded_accuracies(loaded)] + notes(loaded)
+
+
+def short_headline(loaded: Checkpoint) -> list[str]:
+    """Path, architecture and kind on one line, notes on reading."""
+    return [f"{loaded.path}: {loaded.arch}, {loaded.kind} weights", *notes(loaded)]
+
+
+def notes(loaded: Checkpoint) -> list[str]:
+    """How the file was read, where that was not plain."""
+    return [f"  {note}" for note in loaded.notes]
 
 
 def recorded_accuracies(loaded: Checkpoint) -> list[str]:
-    """The accuracies that the file says were measured on it; those of latent weights are those of their signs.
-
-    A run stopped within an epoch records those of the end of the epoch before, and of other weights than its own.
-    """
+    """The accuracies that the file says were measured on it; those of latent weights are those of their signs."""
     names = {"test_accuracy": "test images", "val_accuracy": "held-out images"}
     of = ", binarized" if loaded.kind == "latent" else ""
-    of += ", before those steps" if loaded.steps_beyond else ""
     metrics = loaded.metrics
     if loaded.kind == BINARY_1BIT:  # its metadata is short
         metrics = {"test_accuracy": loaded.raw.get("accuracy"), "test_images": loaded.raw.get("test_images")}
@@ -69,18 +74,14 @@ def _is_number(value: Any, most: int) -> bool:
 
 def share(part: int, whole: int) -> str:
     """part / whole in per cent with two decimals; 0.00% and 100.00% only where they are exact."""
-    if 0 < part < whole:
-        per_cent = 100 * part / whole
-        if per_cent < 0.005:
-            return "<0.01%"
-        if per_cent >= 99.995:
-            return ">99.99%"
-        return f"{per_cent:.2f}%"
-    return f"{100 * part / max(whole, 1):.2f}%"
+    text = f"{100 * part / max(whole, 1):.2f}%"
+    if text == "0.00%" and part:
+        return "<0.01%"
+    return ">99.99%" if text == "100.00%" and part < whole else text
 
 
 def fixed(value: float) -> str:
-    """`value` in at most 8 characters: with four decimals, or in powers of ten where those would not show it."""
+    """`value` in at most 8 characters: with four decimals, or with an exponent where those would not show it."""
     value = value + 0.0  # -0.0 is 0
     text = f"{value:.4f}"
     if len(text) > 8 or (value != 0 and abs(value) < 0.0005):

@@ -23,9 +23,6 @@ from torch import Tensor, nn
 
 from models.quantizers import Quantizer, deterministic_sign, signs, stochastic_sign
 
-binary_sign = deterministic_sign  # the old name
-
-
 def weight_layers(model: nn.Module) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
     """Every Conv2d and Linear of a model with its name, in the order in which the model registers them.
 

@@ -10,17 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from networks import binary_network, random_network, save_checkpoint
 
 import analyze_binary_weights as analyze
-from analyze_binary_weights import WeightStats, verdict
+from analyze_binary_weights import WeightStats
 from engine import checkpoints
+from engine.binarized import find_scale
 from engine.cli import UserError
 from engine.report import fixed, share
-from models import ResNetS, build
+from models import ResNetS, build, weight_layers
 from models.bitpack import pack_model
-from models.resnet_s import weight_layers
 
 TOTAL = 268_336
 
@@ -38,11 +39,13 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
     return run
 
 
-def known_network(value: float = 0.5) -> ResNetS:
-    """Every weight is `value` but eight of conv1; BatchNorms, which do not count, far outside of [-1, 1]."""
+def known_network() -> ResNetS:
+    """Every weight is 0.5 but the last one of each layer, 0.25, and eight of conv1; BatchNorms, which do not count,
+    far outside of [-1, 1]."""
     model = build("resnet20")
     for _, layer in weight_layers(model):
-        torch.nn.init.constant_(layer.weight, value)
+        torch.nn.init.constant_(layer.weight, 0.5)
+        layer.weight.data.view(-1)[-1] = 0.25
     model.bn1.weight.data.fill_(77.0)
     model.conv1.weight.data.view(-1)[:8] = torch.tensor([-1, -1, -1, 1, 1, 0.0, -0.0, -0.25])
     return model
@@ -55,18 +58,18 @@ def save(path: Path, model: ResNetS, kind: str) -> Path:
 
 def test_statistics_of_weights_that_are_known() -> None:
     w = torch.tensor([[-1.0, -1.0, 1.0, 0.0], [-0.0, 0.5, 2.0, -3.5]])
-    stats = WeightStats.of("x", "2x4", w)
+    stats = WeightStats.of("x", w)
     assert (stats.count, stats.min, stats.max, stats.mean) == (8, -3.5, 2.0, -0.25)
     assert stats.std == pytest.approx((sum((v + 0.25) ** 2 for v in w.view(-1).tolist()) / 8) ** 0.5)
     assert (stats.minus_one, stats.plus_one, stats.between, stats.in_range) == (2, 1, 3, 6)
     assert stats.distance == pytest.approx((0 + 0 + 0 + 1 + 1 + 0.5 + 1 + 2.5) / 8)
-    assert (stats.bits, stats.bytes) == (32, 32)
-    assert (WeightStats.of("b", "9", torch.ones(9)).bits, WeightStats.of("b", "9", torch.ones(9)).bytes) == (1, 2)
+    assert stats.bytes == 32
+    assert WeightStats.of("b", torch.ones(9)).bytes == 2
 
 
 def test_a_value_next_to_one_is_not_one() -> None:
     below, above = torch.nextafter(torch.tensor(1.0), torch.tensor([0.0, 2.0]))
-    stats = WeightStats.of("x", "3", torch.stack([below, above, torch.tensor(-1.0)]))
+    stats = WeightStats.of("x", torch.stack([below, above, torch.tensor(-1.0)]))
     assert (stats.plus_one, stats.between, stats.in_range, stats.binary) == (0, 1, 2, False)
 
 
@@ -85,9 +88,9 @@ def test_the_report_on_latent_weights(tmp_path: Path, run_script: Callable) -> N
         for name in ("conv1", "layer3.0.conv1", "linear", "all 20 layers")
     }
     assert rows["conv1"][0][:3] == ("432", "-1.0000", "1.0000")
-    assert rows["conv1"][1][:5] == ("100.00%", "3", "2", "427", fixed((424 * 0.5 + 2 + 0.75) / 432))
-    assert rows["layer3.0.conv1"][0] == ("18,432", "0.5000", "0.5000", "0.5000", "0.0000", "32")
-    assert rows["linear"][1] == ("100.00%", "0", "0", "640", "0.5000", "2,560")
+    assert rows["conv1"][1][:5] == ("100.00%", "3", "2", "427", fixed((423 * 0.5 + 0.75 + 2 + 0.75) / 432))
+    assert rows["layer3.0.conv1"][0] == ("18,432", "0.2500", "0.5000", "0.5000", "0.0018", "32")
+    assert rows["linear"][1] == ("100.00%", "0", "0", "640", "0.5004", "2,560")
     assert rows["all 20 layers"][0][0] == "268,336"
     assert rows["all 20 layers"][1] == ("100.00%", "3", "2", "268,331", "0.5000", "1,073,344")
     assert re.search(r"^weights alone +1,073,344 +33,542 +32\.00x$", printed, re.M)
@@ -127,8 +130,13 @@ def test_binary_weights_and_the_one_bit_file_agree(tmp_path: Path, call: Callabl
     assert len(tables) == 1
 
 
+def verdict(total: WeightStats, kind: str) -> list[str]:
+    """Of a file whose one layer has these statistics."""
+    return analyze.verdict([total], total, kind)
+
+
 def test_the_verdict_depends_on_range_and_kind() -> None:
-    inside = WeightStats.of("all", "", torch.tensor([-1.0, 1.0, 0.25, -0.0]))
+    inside = WeightStats.of("all", torch.tensor([-1.0, 1.0, 0.25, -0.0]))
     clipped = "⚠ Weights are CLIPPED to [-1, 1] but NOT fully binarized"
     in_range = "  100.00% of weights are between -1 and +1"
     saturated = "  Saturated, exactly -1 or +1: 2 (50.00%)"
@@ -144,7 +152,7 @@ def test_the_verdict_depends_on_range_and_kind() -> None:
 
 @pytest.mark.parametrize("kind", ["latent", "float", "unknown"])
 def test_one_weight_outside_is_neither(kind: str) -> None:
-    stats = WeightStats.of("all", "", torch.cat([torch.full((99_999,), 0.5), torch.tensor([1.0001])]))
+    stats = WeightStats.of("all", torch.cat([torch.full((99_999,), 0.5), torch.tensor([1.0001])]))
     lines = verdict(stats, kind)
     assert lines[0] == "✗ Weights are neither clipped to [-1, 1] nor binarized"
     assert lines[1] == "  >99.99% of weights are between -1 and +1"
@@ -153,7 +161,125 @@ def test_one_weight_outside_is_neither(kind: str) -> None:
 
 
 def test_latent_weights_that_are_all_saturated_are_binary() -> None:
-    assert verdict(WeightStats.of("all", "", torch.tensor([1.0, -1.0])), "latent")[0].startswith("✓")
+    assert verdict(WeightStats.of("all", torch.tensor([1.0, -1.0])), "latent")[0].startswith("✓")
+
+
+def changed(w: torch.Tensor, channel: int, where: int | slice, value: float) -> torch.Tensor:
+    w = w.clone()
+    w[channel, where] = value
+    return w
+
+
+SIGNS = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0, -1.0, 1.0, 1.0]).repeat(6, 2)  # (6, 16)
+PER_CHANNEL = torch.arange(1.0, 7.0)[:, None] / 7 * SIGNS
+ZEROS = torch.ones(6, 16).scatter(1, torch.arange(6)[:, None], 0.0)  # one in each channel
+STEP = torch.where(torch.arange(16) % 2 == 0, 1.0, 1 + 2**-10)  # 1 and the next number of float16
+LAYER, CHANNEL = "layer", "output channel"
+SCALES = {  # name: weights, (ternary, per, smallest a, largest a, zeros)
+    "one a": (0.37 * SIGNS, (False, LAYER, 0.37, 0.37, 0)),
+    "exactly -1 and +1": (SIGNS, (False, LAYER, 1, 1, 0)),
+    "an a per channel": (PER_CHANNEL, (False, CHANNEL, 1 / 7, 6 / 7, 0)),
+    "a convolution": (PER_CHANNEL.view(6, 1, 4, 4), (False, CHANNEL, 1 / 7, 6 / 7, 0)),
+    "one channel all plus": (changed(PER_CHANNEL, 6 - 1, slice(None), 6 / 7), (False, CHANNEL, 1 / 7, 6 / 7, 0)),
+    "all plus": (torch.full((6, 16), 0.2), (False, LAYER, 0.2, 0.2, 0)),
+    "a channel of zeros": (changed(0.5 * SIGNS, 3, slice(None), 0), (False, CHANNEL, 0, 0.5, 16)),
+    "rounded to float16": (PER_CHANNEL.half().float(), (False, CHANNEL, 1 / 7, 6 / 7, 0)),
+    "one step of float16 apart": (0.5 * SIGNS * STEP, (False, LAYER, 0.5, 0.5, 0)),
+    "two steps of float16 apart": (0.5 * SIGNS * STEP**2, None),
+    "one weight of another size": (changed(0.5 * SIGNS, 0, 0, 0.4), None),
+    "tiny": (1e-30 * SIGNS, (False, LAYER, 1e-30, 1e-30, 0)),
+    "huge": (3e38 * SIGNS, (False, LAYER, 3e38, 3e38, 0)),
+    "ternary": (0.3 * SIGNS * ZEROS, (True, LAYER, 0.3, 0.3, 6)),
+    "-1, 0 and +1": (SIGNS * ZEROS, (True, LAYER, 1, 1, 6)),
+    "ternary per channel": (PER_CHANNEL * ZEROS, (True, CHANNEL, 1 / 7, 6 / 7, 6)),
+    "ternary with a channel of zeros": (
+        changed(PER_CHANNEL * ZEROS, 0, slice(None), 0),
+        (True, CHANNEL, 2 / 7, 6 / 7, 21),
+    ),
+    "zeros only": (torch.zeros(6, 16), (True, LAYER, 0, 0, 96)),
+    "one weight a channel": (PER_CHANNEL[:, :1], None),
+    "one weight a channel, the others pruned": (PER_CHANNEL * torch.eye(6, 16), None),
+    "real numbers": (torch.linspace(-1, 1, 96).view(6, 16), None),
+}
+
+
+@pytest.mark.parametrize(("w", "expected"), SCALES.values(), ids=SCALES)
+def test_a_scale_is_found(w: torch.Tensor, expected: tuple | None) -> None:
+    found = find_scale(w)
+    if expected is None:
+        assert found is None
+    else:
+        assert (found.ternary, found.per, found.zeros) == (expected[0], expected[1], expected[4])
+        assert (found.low, found.high) == pytest.approx(expected[2:4], rel=2**-10, abs=0)
+
+
+def scaled_file(path: Path, per_channel: bool = False, zeros: float = 0, real: tuple[str, ...] = ()) -> Path:
+    """A file of others: weights a * sign(w), a the mean of |w|, a share of `zeros`; layers in `real` unchanged."""
+    model = random_network()
+    with torch.no_grad():
+        for name, layer in weight_layers(model):
+            w = layer.weight
+            a = w.abs().flatten(1).mean(1).view(-1, *[1] * (w.dim() - 1)) if per_channel else w.abs().mean()
+            if name not in real:
+                w.copy_(torch.where(torch.rand_like(w) < zeros, 0.0, a * w.sign()))
+    torch.save({"state_dict": model.state_dict()}, path)
+    return path
+
+
+@pytest.mark.parametrize(("per_channel", "words"), [(False, "layer"), (True, "output channel")])
+def test_weights_that_are_binary_up_to_a_scale(tmp_path: Path, call: Callable, per_channel: bool, words: str) -> None:
+    path = scaled_file(tmp_path / "x.pth", per_channel)
+    printed = call(path, "--output-dir", tmp_path)
+    scales = [
+        a
+        for _, layer in weight_layers(checkpoints.load(path).model())
+        for a in layer.weight.abs().flatten(1)[:, 0].tolist()
+    ]
+    assert f"Weights are BINARY UP TO A SCALE (-a and +a in each {words})\n" in printed
+    assert f"a from {min(scales):.4g} to {max(scales):.4g}\n" in printed
+    assert "CLIPPED" not in printed
+    assert "neither" not in printed
+    assert len(re.findall(rf"^layer\S+ +-a and +\+a in each {words} +0\.\d+ +0\.\d+ +0\.00%$", printed, re.M)) == 18
+    size = TOTAL // 8 + 4 * (698 if per_channel else 20)
+    assert re.search(rf"^all 20 layers +100\.00% .* {size:,}$", printed, re.M)
+    assert max(map(len, (line for line in printed.splitlines() if str(tmp_path) not in line))) <= 80
+
+
+def test_ternary_weights(tmp_path: Path, call: Callable) -> None:
+    printed = call(scaled_file(tmp_path / "x.pth", zeros=0.36), "--output-dir", tmp_path)
+    zeros = float(re.search(r"Weights are TERNARY \(-a, 0, \+a\), ([\d.]+)% zeros\n", printed)[1])
+    assert zeros == pytest.approx(36, abs=0.5)
+    assert "one in each layer" in printed
+    printed = call(scaled_file(tmp_path / "x.pth", True, zeros=0.36), "--output-dir", tmp_path)
+    assert "Weights are TERNARY (-a, 0, +a), 3" in printed
+    assert "one in each output channel" in printed
+
+
+def test_a_zero_that_torch_sign_left_is_ternary(tmp_path: Path, call: Callable) -> None:
+    model = binary_network()
+    model.layer1[0].conv1.weight.data[0, 0, 0, 0] = 0
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    printed = call(tmp_path / "x.pth", "--output-dir", tmp_path)
+    assert "Weights are TERNARY (-a, 0, +a), <0.01% zeros\n" in printed
+
+
+def test_a_mixed_file_is_described_layer_by_layer(tmp_path: Path, call: Callable) -> None:
+    printed = call(scaled_file(tmp_path / "x.pth", True, real=("conv1", "linear")), "--output-dir", tmp_path)
+    assert "Weights are MIXED" in printed
+    assert "18 of 20 layers: -a and +a in each output channel\n" in printed
+    assert "2 of 20 layers: real numbers\n" in printed
+    assert re.search(r"^conv1 +real numbers", printed, re.M)
+    assert re.search(r"^layer3\.2\.conv2 +-a and \+a in each output channel", printed, re.M)
+
+
+def test_a_network_of_another_kind(tmp_path: Path, call: Callable, other_network: type) -> None:
+    torch.manual_seed(0)
+    checkpoints.save(tmp_path / "x.pth", checkpoints.make("other", "latent", other_network().state_dict()))
+    printed = call(tmp_path / "x.pth", "--output-dir", tmp_path)
+    assert re.search(r"^first +4x3x3x3 +108 ", printed, re.M)
+    assert re.search(r"^all 2 layers +2,668 ", printed, re.M)
+    assert re.search(r"in float32 +10,776 +438 ", printed, re.M)  # 16 numbers of BatchNorm, 10 biases
+    assert re.search(r"BatchNorm folded +10,744 +406 ", printed, re.M)
 
 
 def test_a_share_is_0_or_100_only_where_it_is_exact() -> None:
@@ -189,7 +315,7 @@ def test_the_picture_takes_any_weights(tmp_path: Path, clipped: bool) -> None:
     weights = {"a": torch.zeros(4), "b": torch.tensor([1.0, -1.0]), "c": torch.tensor([3e38, -1.0, 0.0])}
     if clipped:
         weights["c"] = weights["c"].clamp(-1, 1)
-    layers = [replace(WeightStats.of(name, "n", w), count=w.numel()) for name, w in weights.items()]
+    layers = [replace(WeightStats.of(name, w), count=w.numel()) for name, w in weights.items()]
     analyze.draw(tmp_path / "x.png", "title", layers, weights, clipped=clipped)
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
@@ -199,13 +325,13 @@ def test_the_label_beside_the_histogram_is_on_the_page(tmp_path: Path, monkeypat
     left = []
 
     def look(figure: Figure, *args: object, **more: object) -> None:
-        left.append(figure.axes[0].yaxis.get_tightbbox(figure.canvas.get_renderer()).x0)
+        left.append(figure.axes[0].yaxis.get_tightbbox(FigureCanvasAgg(figure).get_renderer()).x0)
         save(figure, *args, **more)
 
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", look)
     w = torch.cat([torch.linspace(-0.99, 0.99, 800), torch.full((180,), -1.0)])
-    analyze.draw(tmp_path / "x.png", "title", [WeightStats.of("a", "980", w)] * 5, {"a": w}, clipped=True)
+    analyze.draw(tmp_path / "x.png", "title", [WeightStats.of("a", w)] * 5, {"a": w}, clipped=True)
     assert left[0] >= 0
 
 

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import save_checkpoint, sha256
+from networks import binary_network, random_network, save_checkpoint, sha256
 from script_server import ScriptServer
 
-from engine import binarized, checkpoints
-from engine.checkpoints import BEST, BINARIZED, LAST, PACKED
+import cifar10
+from engine import checkpoints
+from engine.checkpoints import BEST, BINARIZED, PACKED
 from engine.cli import UserError
-from models.binaryconnect import binary_sign
-from models.resnet_s import weight_layers
+from models import weight_layers
+from models.quantizers import deterministic_sign
 
 SCRIPTS = ("eval_binarized.py", "save_binary_model.py", "load_binarized_example.py")
 ACCURACY = re.compile(r"^Test Accuracy: (\d+\.\d\d)%$", re.MULTILINE)
@@ -42,6 +43,19 @@ def workflow(tmp_path_factory: pytest.TempPathFactory, small_data: Path, run_scr
     return printed
 
 
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """call("eval", "x.pth"): a script's main() in this process, in tmp_path; what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script: str, *arguments: object) -> str:
+        monkeypatch.setattr("sys.argv", [script, *map(str, arguments)])
+        importlib.import_module(script).main()
+        return capsys.readouterr().out
+
+    return run
+
+
 def test_eval_binarized_says_what_it_promises(workflow: dict) -> None:
     printed = workflow["eval_binarized.py"]
     assert "✓ All convolution/linear weights are binary {-1, +1}\n" in printed
@@ -55,7 +69,7 @@ def test_the_binarized_file_holds_the_signs_and_what_the_source_said(workflow: d
     made = checkpoints.load(workflow["folder"] / BINARIZED)
     names = {f"{name}.weight" for name, _ in weight_layers(source.model())}
     for key, value in source.state_dict.items():
-        assert torch.equal(made.state_dict[key], binary_sign(value) if key in names else value), key
+        assert torch.equal(made.state_dict[key], deterministic_sign(value) if key in names else value), key
     assert made.kind == "binary"
     assert made.source_sha256 == sha256(workflow["folder"] / BEST)
     assert (made.epoch, made.config, made.logit_scale) == (source.epoch, source.config, source.logit_scale)
@@ -123,24 +137,6 @@ def test_what_is_read_is_never_overwritten(
     assert sha256(tmp_path / name) == before
 
 
-def test_a_file_that_another_process_writes_too_is_noticed(
-    workflow: dict, tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "sys.argv", ["save_binary_model", str(workflow["folder"] / BEST), "--data-dir", str(small_data)]
-    )
-    write = binarized.write
-
-    def then_another_writes(path: Path, *more: object) -> None:
-        write(path, *more)
-        path.write_bytes(b"another's")
-
-    monkeypatch.setattr(binarized, "write", then_another_writes)
-    with pytest.raises(UserError, match=rf"{PACKED}: reads back other than it was written; is another process"):
-        importlib.import_module("save_binary_model").main()
-
-
 STRANGE = "a$\\frac$ \u6a21\u578b \udcff.pth"  # a formula that is none, letters that no font has, no UTF-8
 
 
@@ -195,28 +191,85 @@ def test_packing_the_binarized_file_gives_the_same_bits(
     assert any(isinstance(module, torch.nn.BatchNorm2d) for module in kept.model(fold=False).modules())
 
 
-def test_the_epoch_of_a_run_stopped_within_one_is_not_that_of_the_file(
-    tmp_path: Path, small_data: Path, run_script: Callable
-) -> None:
-    content = checkpoints.load(save_checkpoint(tmp_path / BEST, "latent")).raw
-    content.pop("checksum")
-    checkpoints.save(tmp_path / LAST, content | {"training": {"steps_done": 2}})
-    for name, epoch in ((BEST, 3), (LAST, None)):
-        run_script("eval_binarized.py", name, "--data-dir", small_data, "--limit-test", 10, cwd=tmp_path)
-        made = checkpoints.load(tmp_path / BINARIZED)
-        assert made.epoch == epoch
-        assert ("val_accuracy" in made.metrics) == (epoch is not None)
-    printed = run_script(
-        "load_binarized_example.py", "--data-dir", small_data, "--limit-test", 10, cwd=tmp_path
-    ).stdout
-    assert "Scored on 10 test images, not all of them (--limit-test)\n" in printed
-
-
-def test_float_weights_are_binarized_with_a_warning(tmp_path: Path, small_data: Path, run_script: Callable) -> None:
-    save_checkpoint(tmp_path / BEST, "float", arch="resnet32")
-    printed = run_script("save_binary_model.py", "--data-dir", small_data, "--limit-test", 10, cwd=tmp_path).stdout
-    assert sum(line.startswith("⚠") for line in printed.splitlines()) == 1
+def test_float_weights_are_binarized_with_a_warning(tmp_path: Path, small_data: Path, call: Callable) -> None:
+    path = save_checkpoint(tmp_path / BEST, "float", arch="resnet32")
+    printed = call("save_binary_model", path, "--data-dir", small_data, "--limit-test", 10)
+    assert printed.count("⚠") == 1
     assert checkpoints.load(tmp_path / PACKED).arch == "resnet32"
+
+
+@pytest.mark.parametrize("script", ["eval_binarized", "save_binary_model"])
+@pytest.mark.parametrize(
+    ("words", "scale"),
+    [
+        ("ternary: zeros become +1 and the scale is lost", torch.tensor([0.5, 0.0, 0.5]).view(3, 1, 1)),
+        ("binary up to a scale: the scale is lost", torch.full((3, 1, 1), 0.5)),
+    ],
+)
+def test_the_warning_says_that_a_scale_is_lost(
+    script: str, words: str, scale: torch.Tensor, tmp_path: Path, small_data: Path, call: Callable
+) -> None:
+    model = binary_network()
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    model.conv1.weight.data.mul_(scale)
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    printed = call(script, tmp_path / "x.pth", "--data-dir", small_data, "--limit-test", 10)
+    (line,) = (line for line in printed.splitlines() if line.startswith("⚠"))
+    assert f"in 1 of 20 layers are {words}; the signs alone are another network" in line
+    made = checkpoints.load(tmp_path / (BINARIZED if script == "eval_binarized" else PACKED)).model(fold=False)
+    assert torch.equal(made.conv1.weight, deterministic_sign(model.conv1.weight))
+
+
+@pytest.mark.parametrize("script", ["eval_binarized", "save_binary_model"])
+@pytest.mark.parametrize(("quantizer", "fits"), [("stochastic_sign", True), ("ternary", False)])
+def test_latent_weights_of_another_quantizer_are_refused(
+    script: str, quantizer: str, fits: bool, tmp_path: Path, small_data: Path, call: Callable
+) -> None:
+    made = checkpoints.make("resnet20", "latent", random_network().state_dict(), quantizer=quantizer)
+    checkpoints.save(tmp_path / "x.pth", made)
+    if fits:
+        call(script, tmp_path / "x.pth", "--data-dir", small_data, "--limit-test", 10)
+        return
+    with pytest.raises(UserError, match=r"x\.pth: .*'ternary'"):
+        call(script, tmp_path / "x.pth", "--data-dir", "no-data")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
+
+
+def test_another_normalization_goes_with_the_network(tmp_path: Path, small_data: Path, call: Callable) -> None:
+    """Of a file of others into what is made from it, the ONNX file's graph included."""
+    torch.save(random_network().state_dict(), tmp_path / "x.pth")
+    other = ("--mean", 0.1, 0.2, 0.3, "--std", 0.9, 0.2, 0.5, "--data-dir", small_data)
+    call("eval_binarized", tmp_path / "x.pth", *other)
+    call("save_binary_model", tmp_path / "x.pth", "--onnx", tmp_path / "x.onnx", *other)
+    images = cifar10.load(small_data, train=False).test
+    with torch.no_grad():
+        logits = binary_network()(cifar10.normalize(images.images, mean=(0.1, 0.2, 0.3), std=(0.9, 0.2, 0.5)))
+    loss = torch.nn.functional.cross_entropy(logits, images.labels).item()
+    assert checkpoints.load(tmp_path / BINARIZED).metrics["test_loss"] == pytest.approx(loss, abs=2e-4)
+    for name in (BINARIZED, PACKED, "x.onnx"):
+        printed = call("eval", tmp_path / name, "--data-dir", small_data)
+        assert float(re.search(r"^Test loss: (\S+)", printed, re.M)[1]) == pytest.approx(loss, abs=2e-4), name
+        assert ("Normalization: mean 0.1 0.2 0.3, std 0.9 0.2 0.5\n" in printed) == (name != "x.onnx")
+        assert ACCURACY.findall(printed) == ACCURACY.findall(
+            call("load_binarized_example", tmp_path / name, "--data-dir", small_data)
+        )
+
+
+def test_a_recorded_normalization_of_other_values_is_an_error(tmp_path: Path, call: Callable) -> None:
+    model, zero, one = binary_network(), (0, 0, 0), (1, 1, 1)
+    for recorded in (7, {"mean": zero}, {"mean": zero, "std": (1, 0, 1)}, {"mean": "abc", "std": one}):
+        made = checkpoints.make("resnet20", "binary", model.state_dict(), normalization=recorded)
+        checkpoints.save(tmp_path / "x.pth", made)
+        with pytest.raises(UserError, match=r"x\.pth: its normalization"):
+            call("load_binarized_example", tmp_path / "x.pth", "--data-dir", "no-data")
+
+
+def test_a_network_of_another_kind(tmp_path: Path, small_data: Path, call: Callable, other_network: type) -> None:
+    checkpoints.save(tmp_path / "x.pth", checkpoints.make("other", "latent", other_network().state_dict()))
+    scored = call("eval_binarized", tmp_path / "x.pth", "--data-dir", small_data)
+    again = call("load_binarized_example", tmp_path / BINARIZED, "--data-dir", small_data)
+    assert len(ACCURACY.findall(scored)) == 1
+    assert ACCURACY.findall(scored) == ACCURACY.findall(again)
 
 
 @pytest.mark.parametrize(
@@ -230,12 +283,10 @@ def test_float_weights_are_binarized_with_a_warning(tmp_path: Path, small_data: 
     ],
 )
 def test_the_wrong_kind_is_refused_before_data_is_sought(
-    workflow: dict, script: str, name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workflow: dict, script: str, name: str, message: str, tmp_path: Path, call: Callable
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", [script, str(workflow["folder"] / name), "--data-dir", "no-data"])
     with pytest.raises(UserError, match=f"{re.escape(name)}: .*{message}"):
-        importlib.import_module(script).main()
+        call(script, workflow["folder"] / name, "--data-dir", "no-data")
     assert list(tmp_path.iterdir()) == []
 
 

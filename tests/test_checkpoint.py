@@ -22,8 +22,8 @@ from torch import Tensor
 from engine import checkpoints, cli, files
 from engine.cli import UserError
 from engine.files import FolderLock, atomic_write, remove_leftovers
+from models import weight_layers
 from models.bitpack import pack_model
-from models.resnet_s import weight_layers
 
 ABOUT = {"epoch": 7, "metrics": {"test_accuracy": 12.5}, "config": {"seed": 3, "resume": None}, "logit_scale": 0.125}
 STATE = random_network().state_dict()

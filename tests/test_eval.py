@@ -16,7 +16,7 @@ from networks import binary_network, random_network, save_checkpoint
 
 import cifar10
 import eval_binarized
-from engine import checkpoints, cli, report
+from engine import checkpoints, cli, onnx_export
 from engine import evaluate as evaluate_module
 from engine.cli import UserError
 from engine.evaluate import Scores
@@ -76,21 +76,9 @@ def test_the_whole_report_on_latent_weights(tmp_path: Path, small_data: Path, ru
     assert [path.name for path in (tmp_path / "new/folder").iterdir()] == ["page.png"]
 
 
-def test_a_run_stopped_within_an_epoch_does_not_boast_of_the_epoch_before(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path / "checkpoint_last.pth", "latent")
-    loaded = checkpoints.load(path)
-    accuracy = "  recorded accuracy 12.50% on held-out images, binarized"
-    assert report.headline(loaded)[2:] == ["  epoch 3", accuracy]
-    loaded.raw["training"] = {"steps_done": 43}
-    assert report.headline(loaded)[2:] == ["  epoch 3 and 43 steps", f"{accuracy}, before those steps"]
-
-
-@pytest.mark.parametrize(("kind", "steps", "kept"), [("latent", 0, True), ("latent", 43, False), ("float", 0, False)])
-def test_binarized_weights_keep_only_what_was_recorded_of_them(
-    tmp_path: Path, kind: str, steps: int, kept: bool
-) -> None:
+@pytest.mark.parametrize(("kind", "kept"), [("latent", True), ("float", False)])
+def test_binarized_weights_keep_only_what_was_recorded_of_them(tmp_path: Path, kind: str, kept: bool) -> None:
     loaded = checkpoints.load(save_checkpoint(tmp_path / "x.pth", kind))
-    loaded.raw["training"] = {"steps_done": steps}
     scores = Scores(loss=2.5, confusion=torch.eye(10, dtype=torch.int64), seconds=1.0)
     metrics = eval_binarized.binarized_checkpoint(loaded, binary_network(), scores)["metrics"]
     measured = {"test_accuracy": 100.0, "test_loss": 2.5, "test_images": 10}
@@ -154,6 +142,80 @@ def test_every_kind_of_file_is_scored_and_the_limit_is_told(tmp_path: Path, smal
     assert "epoch 7" in printed["foreign.pth"]
 
 
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+GIVEN = ("--mean", *IMAGENET["mean"], "--std", *IMAGENET["std"])
+
+
+def printed_loss(text: str) -> float:
+    return float(re.search(r"^Test loss: (\S+) nats", text, re.M)[1])
+
+
+def test_a_file_of_others_tells_its_normalization(tmp_path: Path, small_data: Path, call: Callable) -> None:
+    model = random_network()
+    torch.save(model.state_dict(), tmp_path / "foreign.pth")
+    split = cifar10.load(small_data, train=False).test
+    for given, used in (((), {}), (GIVEN, IMAGENET)):
+        printed = call(tmp_path / "foreign.pth", "--data-dir", small_data, *given)
+        with torch.no_grad():
+            logits = model(cifar10.normalize(split.images, **used))
+        assert printed_loss(printed) == pytest.approx(F.cross_entropy(logits, split.labels).item(), abs=2e-4)
+        (line,) = re.findall(r"^Normalization.*$", printed, re.M)
+        assert ("0.485 0.456 0.406" if given else "0.4914 0.4822 0.4465") in line
+        assert ("--mean" in line) == (not given)
+    save_checkpoint(tmp_path / "ours.pth", "float")
+    assert "Normalization" not in call(tmp_path / "ours.pth", "--data-dir", small_data)
+
+
+def test_the_key_of_the_weights_can_be_given(tmp_path: Path, small_data: Path, call: Callable) -> None:
+    both = {"state_dict": random_network(seed=1).state_dict(), "average": random_network().state_dict()}
+    torch.save(both, tmp_path / "both.pth")
+    torch.save(both["average"], tmp_path / "one.pth")
+    found = call(tmp_path / "both.pth", "--weights-key", "average", "--data-dir", small_data)
+    assert printed_loss(found) == printed_loss(call(tmp_path / "one.pth", "--data-dir", small_data))
+
+
+def test_notes_on_reading_are_printed(
+    tmp_path: Path, small_data: Path, call: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = checkpoints.load(save_checkpoint(tmp_path / "x.pth", "float"))
+    loaded.notes.append("the prefix 'net.' falls away")
+    monkeypatch.setattr(checkpoints, "load", lambda *_, **__: loaded)
+    assert "the prefix 'net.' falls away\n" in call(tmp_path / "x.pth", "--data-dir", small_data)
+
+
+def test_an_onnx_file_is_scored_as_the_network_it_is_of(tmp_path: Path, small_data: Path, call: Callable) -> None:
+    save_checkpoint(tmp_path / "x.pth", "binary")
+    content = onnx_export.export(binary_network(), cifar10.MEAN, cifar10.STD)
+    (tmp_path / "x.onnx").write_bytes(content)
+    options = ("--data-dir", small_data, "--limit-test", 40, "--plot", tmp_path / "page.png")
+    tables = []
+    for name in ("x.pth", "x.onnx"):
+        printed = call(tmp_path / name, *options)
+        tables.append(printed[printed.index("\nclass ") :] + ACCURACY.findall(printed)[0])
+        assert (tmp_path / "page.png").stat().st_size > 10_000
+        (tmp_path / "page.png").unlink()
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.usefixtures("no_data")
+def test_other_onnx_files_and_options_that_are_not_for_them(tmp_path: Path, call: Callable) -> None:
+    (tmp_path / "other.onnx").write_bytes(b"\x08\x08 something else")
+    for arguments, named in (
+        (["missing.onnx"], "missing.onnx"),
+        (["other.onnx"], "other.onnx"),
+        (["other.onnx", "--mean", 0, 0, 0], "--mean"),
+        (["other.onnx", "--weights-key", "x"], "--weights-key"),
+    ):
+        with pytest.raises(UserError, match=named) as error:
+            call(tmp_path / arguments[0], *arguments[1:])
+        assert "\n" not in str(error.value)
+
+
+def test_a_network_of_another_kind(tmp_path: Path, small_data: Path, call: Callable, other_network: type) -> None:
+    checkpoints.save(tmp_path / "x.pth", checkpoints.make("other", "float", other_network().state_dict()))
+    assert len(ACCURACY.findall(call(tmp_path / "x.pth", "--data-dir", small_data))) == 1
+
+
 def test_a_class_without_images_has_no_accuracy(tmp_path: Path, small_data: Path, call: Callable) -> None:
     save_checkpoint(tmp_path / "x.pth", "float")
     printed = call(tmp_path / "x.pth", "--data-dir", small_data, "--limit-test", 1, "--plot", tmp_path / "page.PNG")
@@ -177,7 +239,7 @@ def test_the_picture_says_what_the_weights_are(
 def test_the_samples_are_the_first_right_and_wrong_ones(small_data: Path) -> None:
     split = cifar10.load(small_data, train=False).test
     model = random_network()
-    right, wrong = evaluating.sample_predictions(model, split, 7, torch.device("cpu"))
+    right, wrong = evaluating.sample_predictions(model, cifar10.eval_batches(split, 7))
     with torch.no_grad():
         predicted = model(cifar10.normalize(split.images)).argmax(1)
     hits = (predicted == split.labels).nonzero()[:, 0].tolist()
@@ -207,7 +269,8 @@ def test_bad_input_is_refused_before_the_data_is_asked_for(tmp_path: Path, call:
     for plot in (good, tmp_path / "page.pdf", tmp_path, tmp_path / "text.pth" / "page.png"):
         with pytest.raises(UserError, match="--plot"):
             call(good, "--plot", plot)
-    for option in (("--batch-size", -1), ("--limit-test", 0), ("--device", "abacus"), ("--color",)):
+    bad_normalization = (("--mean", 123, 116, 103), ("--std", 0, 1, 1))
+    for option in (*bad_normalization, ("--batch-size", -1), ("--limit-test", 0), ("--device", "x"), ("--color",)):
         with pytest.raises(UserError, match=option[0]):
             call(good, *option)
 

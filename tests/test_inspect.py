@@ -18,8 +18,8 @@ from networks import binary_network, random_network, save_checkpoint, sha256
 import inspect_saved_model as inspecting
 from engine import checkpoints
 from engine.cli import UserError
+from models import weight_layers
 from models.bitpack import pack_model
-from models.resnet_s import weight_layers
 
 
 @pytest.fixture

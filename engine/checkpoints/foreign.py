@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from engine.checkpoints.reader import Contents, Inert
 from engine.cli import UserError
-from models.resnet_s import NUM_CLASSES, architecture_of, build
+from models import build
+from models.resnet_s import NUM_CLASSES, architecture_of
 
 _WRAPPERS = re.compile(r"^(?:(?:model|module|_orig_mod)\.)+")
 _ANCHOR = "layer1.0.conv1.weight"  # in each of our networks once: what stands before it is a prefix

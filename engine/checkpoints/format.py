@@ -37,10 +37,10 @@ from engine.checkpoints.foreign import blank, find_weights, misfit, some
 from engine.checkpoints.reader import Contents
 from engine.cli import UserError, is_out_of_memory, reason
 from engine.files import atomic_write
+from models import ARCHITECTURES, build, weight_layers
 from models.binaryconnect import is_binary
 from models.bitpack import KIND as BINARY_1BIT
 from models.bitpack import unpack_model
-from models.resnet_s import ARCHITECTURES, build, weight_layers
 
 FORMAT_VERSION = 1
 LARGEST_LOGIT_SCALE = 10**6  # beyond, logits would overflow that are not infinite themselves
@@ -73,13 +73,6 @@ class Checkpoint:
     weights_key: str = "state_dict"  # where in the file the weights are; "" at the top level
     notes: list[str] = field(default_factory=list)  # how the file was read, lines to print
     raw: dict[str, Any] = field(default_factory=dict)  # the file's own dictionary
-
-    @property
-    def steps_beyond(self) -> int:
-        """Steps since the epoch that `epoch` and `metrics` are of: 0 but for a run stopped within an epoch."""
-        training = self.raw.get("training")
-        steps = training.get("steps_done") if isinstance(training, dict) else 0
-        return steps if type(steps) is int and 0 < steps <= 10**9 else 0
 
     def model(self, *, fold: bool = True) -> nn.Module:
         """The network with these weights, on the CPU, in evaluation mode. fold: see `bitpack.unpack_model`."""

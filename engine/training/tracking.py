@@ -39,9 +39,8 @@ def write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
 
 
 class FlipRateMeter:
-    """Over one epoch of BinaryConnect, in percent: `flipped`, the share of weights whose sign (with another quantizer
-    whose quantized value) changed over the epoch, and `saturated`, the share of latent weights at -1 or +1 at its end.
-    """
+    """Over one epoch of BinaryConnect, in percent: `flipped`, the share of weights whose quantized value (their sign,
+    unless another quantizer is used) changed over the epoch; `saturated`, the share of latent weights at -1 or +1."""
 
     def __init__(self, bc: BC) -> None:
         self._bc = bc
