@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from models.quantizers import Quantizer, deterministic_sign, signs, stochastic_sign
 
+
 def weight_layers(model: nn.Module) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
     """Every Conv2d and Linear of a model with its name, in the order in which the model registers them.
 

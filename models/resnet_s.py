@@ -122,12 +122,3 @@ def architecture_of(keys: Iterable[str]) -> str | None:
     blocks = {int(m[1]) for m in (re.match(r"layer1\.(\d{1,3})\.", key) for key in keys) if m}
     depth = 6 * len(blocks) + 2
     return f"resnet{depth}" if depth in DEPTHS and blocks == set(range(len(blocks))) else None
-
-
-def __getattr__(name: str) -> object:
-    """Names that have moved to `models`, for importers that have not."""
-    if name in ("ARCHITECTURES", "build", "weight_layers"):
-        import models
-
-        return getattr(models, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -506,7 +506,6 @@ def make_step(
     optimizer: str,
     *,
     latent_lr: float,
-    latent_weight_decay: float = 0.0,
     lr: float = 0.1,
     weight_decay: float = 0.0,
     logit_scale: float = 1.0,
@@ -516,17 +515,17 @@ def make_step(
     args = argparse.Namespace(
         optimizer=optimizer,
         latent_lr=latent_lr,
-        latent_decay_power=None,
-        latent_weight_decay=latent_weight_decay,
         lr=lr,
         weight_decay=weight_decay,
+        logit_scale=logit_scale,
+        precision="float32",
     )
     run = Run(args, torch.device("cpu"), Path("."), "latent", None, None)
 
     def criterion(logits: Tensor, _images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
-    return main_binary.make_train_step(run, bc, bc, main_binary.make_optimizers(args, bc), criterion, logit_scale)
+    return main_binary.make_train_step(run, bc, bc, main_binary.make_optimizers(run, bc), criterion)
 
 
 class Reference:

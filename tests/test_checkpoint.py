@@ -418,7 +418,8 @@ def test_nothing_is_unpickled_by_anyone_else():
     for path in [*root.glob("*.py"), *root.glob("engine/**/*.py"), *root.glob("models/*.py")]:
         nodes = [n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Attribute | ast.alias)]
         names = {ast.unparse(node) for node in nodes}
-        assert not names & {"torch.load", "torch.jit.load", "pickle.load", "pickle.loads", "np.load"}, path
+        assert not names & {"torch.load", "torch.jit.load", "pickle.load", "np.load"}, path
+        assert "pickle.loads" not in names or path.parts[-2:] == ("data", "files.py"), path  # verified CIFAR-10 batches
         assert "pickle" not in names or "checkpoints" not in path.parts, path
 
 
