@@ -18,8 +18,8 @@ from torch import Tensor
 
 from engine import checkpoints, cli
 from engine.checkpoints import BINARY_1BIT, Checkpoint
-from engine.checkpoints.foreign import is_module, module_state
-from engine.checkpoints.reader import Inert
+from engine.checkpoints.foreign import Opened, is_module
+from engine.checkpoints.pickles import Inert
 from engine.cli import UserError
 from engine.report import counted, share, what_it_is
 from models import weight_layers
@@ -29,6 +29,7 @@ TOP = ""  # stands for the top level of the file
 _MOST_LINES = 40  # of metadata for one dictionary, of objects that were not made
 _MOST_TEXT = 400  # characters of metadata for one entry
 _DEEPEST = 20  # of a tensor in what holds it
+_MOST_ROWS = 5000  # of all tables together
 
 
 # -- values in words -----------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def brief(value: Any) -> str:
 
 def key_text(key: Any) -> str:
     """A key of a dictionary as text that does nothing to a terminal."""
-    return key if isinstance(key, str) and key.isprintable() and 0 < len(key) <= 200 else brief(key)
+    return key if isinstance(key, str) and 0 < len(key) <= 200 and key.isprintable() else brief(key)
 
 
 def _fill(text: str, indent: int = 4) -> list[str]:
@@ -152,16 +153,14 @@ def print_metadata(values: dict[Any, Any], indent: int = 2) -> None:
 def find_tensors(value: Any) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
     """Every tensor in a nest with its path, in the file's order, those of whole modules under their names."""
     waiting: list[tuple[tuple[Any, ...], Any]] = [((), value)]
-    seen: set[int] = set()
+    opened = Opened()
     while waiting:
         path, item = waiting.pop()
         inner: Iterable[tuple[Any, Any]] = ()
         if isinstance(item, Tensor):
             yield path, item
-        elif isinstance(item, Inert) and id(item) not in seen:
-            seen.add(id(item))
-            held = (module_state(item),) if is_module(item) else (item.contents, item.state, item.arguments)
-            waiting += [(path, each) for each in held if each is not None]
+        elif isinstance(item, Inert):
+            waiting += [(path, each) for each in opened.held(item)]
         elif isinstance(item, dict):
             inner = item.items()
         elif isinstance(item, list | tuple):
@@ -228,10 +227,19 @@ def _numbers(t: Tensor) -> np.ndarray:
     return t.to(torch.float64).numpy() if t.dtype.is_floating_point else t.numpy()
 
 
-def print_tensors(groups: dict[str, dict[str, list[Tensor]]]) -> None:
-    """A table for each entry of the file; a name that has no room goes on a line of its own."""
+def print_tensors(groups: dict[str, dict[str, list[Tensor]]], most_bytes: int) -> None:
+    """A table for each entry of the file; a name that has no room goes on a line of its own.
+
+    most_bytes: stop where so much has been looked at: in a malicious file many names may share one tensor.
+    """
+    lines = looked_at = 0
     for entry, names in groups.items():
         found = sum(map(len, names.values()))
+        lines += len(names) + 1
+        looked_at += sum(t.numel() * t.element_size() for tensors in names.values() for t in tensors)
+        if lines > _MOST_ROWS or looked_at > most_bytes:
+            print("\n... and more tensors than have room here")
+            break
         print(f"\nTensors {'at the top level' if entry == TOP else f'in {entry}'}: {found:,}")
         rows = [(name, *row(tensors)) for name, tensors in names.items()]
         rows.insert(0, ("name", ["shape", "dtype", "bytes", "min", "max", "unique"], ""))
@@ -271,7 +279,7 @@ def main() -> None:
         print("\n".join(_fill(f"Content: {brief(raw)}")))
     groups = group_tensors(raw, apart=args.all)
     if groups:
-        print_tensors(groups)
+        print_tensors(groups, 16 * size)
     tensors = [tensor for names in groups.values() for found in names.values() for tensor in found]
     totals = [
         counted(len(tensors), "tensor"),

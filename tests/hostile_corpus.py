@@ -530,6 +530,22 @@ def bombs() -> Iterator[Case]:
         "the state of an object that doubles": call("a", "B") + _doubled(b")", 40) + b"b",
         "objects that double": _doubled(b"N", 60, name("a", "B")),
         "objects in each other": call("a", "B") + b"q\x00" + dictionary(me=b"h\x00") + b"b",
+        "objects a hundred thousand deep": name("a", "B") + b"q\x00" + b"h\x00" * 99_999 + b"N" + b"\x85R" * 100_000,
+        "a storage of a type that doubles": b"("
+        + text("storage")
+        + _doubled(b")", 40)
+        + text("0")
+        + text("cpu")
+        + b"K\x01"
+        + STORAGE,
+        "names of a megabyte": _remembered(million, b"h\x00h\x00\x93", 200_000),
+        "a text many times": dictionary(format_version=b"K\x01", a=_remembered(million, b"h\x00", 400_000)),
+        "keys of a megabyte": _remembered(million, b"}h\x00Ns", 150_000),
+        "calls with many arguments": _remembered(b"(" + b"N" * 400_000 + b"t", b"ctorch\nSize\nh\x00R", 100_000),
+        "new objects with many arguments": _remembered(
+            b"(" + b"N" * 400_000 + b"t", b"ca\nB\nh\x00}" + text("k") + b"Ns\x92", 60_000
+        ),
+        "devices of a megabyte": _remembered(million, b"ctorch\ndevice\nh\x00K\x01\x86R", 100_000),
         "modules in each other": call("a", "B")
         + b"q\x00"
         + dictionary(_modules=dictionary(a=b"h\x00", b=b"h\x00"))

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoints.reader import Contents, Inert
+from engine.checkpoints.pickles import Inert
+from engine.checkpoints.reader import Contents
 from engine.cli import UserError
 from models import build
 from models.resnet_s import NUM_CLASSES, architecture_of
@@ -22,7 +23,8 @@ _WRAPPERS = re.compile(r"^(?:(?:model|module|_orig_mod)\.)+")
 _ANCHOR = "layer1.0.conv1.weight"  # in each of our networks once: what stands before it is a prefix
 _COUNTERS = re.compile(r"(?:^|\.)(?:total_ops|total_params|n_averaged)$")  # of thop and torch.optim.swa_utils
 _HOLDERS = (dict, list, tuple, Inert)
-_MOST_NAMES = 20_000  # of one module: modules may contain one module many times
+_MOST_MODULES = 100
+_MOST_NAMES = 10_000  # of one module: modules may contain one module many times
 _LONGEST_NAME = 1000
 _DEEPEST = 20  # of weights in what holds them
 
@@ -88,33 +90,46 @@ def _nothing(contents: Contents) -> str:
 # -- where tensors lie -----------------------------------------------------------------------------------------
 
 
+class Opened:
+    """What records hold, each opened once: they may hold each other, and one module may be in many."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+        self._modules = 0
+
+    def held(self, record: Inert) -> list[Any]:
+        """The state_dict of a whole module; of another record its items, attributes and arguments."""
+        if id(record) in self._seen:
+            return []
+        self._seen.add(id(record))
+        if not is_module(record):
+            return [each for each in (record.contents, record.state, record.arguments) if each is not None]
+        self._modules += 1
+        return [module_state(record)] if self._modules <= _MOST_MODULES else []
+
+
 def _mappings(value: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
-    """Every mapping that holds tensors, a dictionary or a whole module, its key as a path, in the file's order."""
+    """Every mapping that holds tensors, its key as a path, in the file's order; a whole module is one."""
     waiting: list[tuple[tuple, Any]] = [((), value)]
-    seen: set[int] = set()
+    opened = Opened()
     while waiting:
         place, item = waiting.pop()
         inner: list[tuple[Any, Any]] = []
-        if len(place) > _DEEPEST:
-            continue
-        if is_module(item):
-            tensors = module_state(item)
-            if tensors:
-                yield _key_of(place), tensors
-        elif isinstance(item, Inert) and id(item) not in seen:
-            seen.add(id(item))
-            waiting += [(place, held) for held in (item.contents, item.state, item.arguments)]
+        if isinstance(item, Inert):
+            waiting += [(place, each) for each in opened.held(item)]
         elif isinstance(item, dict):
-            if any(isinstance(held, Tensor) for held in item.values()):
-                yield _key_of(place), item
+            if any(isinstance(each, Tensor) for each in item.values()):
+                yield ".".join(map(_text, place)), item
             inner = list(item.items())
         elif isinstance(item, list | tuple):
             inner = list(enumerate(item))
-        waiting += [((*place, key), held) for key, held in reversed(inner) if isinstance(held, _HOLDERS)]
+        if len(place) < _DEEPEST:
+            waiting += [((*place, key), each) for key, each in reversed(inner) if isinstance(each, _HOLDERS)]
 
 
-def _key_of(place: tuple) -> str:
-    return ".".join(str(key)[:_LONGEST_NAME] for key in place)
+def _text(key: Any) -> str:
+    """A key as a name."""
+    return key[:_LONGEST_NAME] if isinstance(key, str) else ascii(key)[:_LONGEST_NAME]
 
 
 def is_module(value: Any) -> bool:
@@ -136,8 +151,8 @@ def module_state(module: Inert) -> dict[str, Tensor]:
             own = record.state.get(kind)
             for name, value in own.items() if isinstance(own, dict) else ():
                 if isinstance(value, Tensor) and name not in transient and len(found) < _MOST_NAMES:
-                    found[f"{prefix}{name}"[:_LONGEST_NAME]] = value
-        inner = [(f"{prefix}{name}.", m) for name, m in record.state["_modules"].items() if is_module(m)]
+                    found[prefix + _text(name)] = value
+        inner = [(f"{prefix}{_text(name)}.", m) for name, m in record.state["_modules"].items() if is_module(m)]
         waiting += [(name, m) for name, m in reversed(inner) if len(name) < _LONGEST_NAME]
     return found
 
@@ -148,7 +163,7 @@ def module_state(module: Inert) -> dict[str, Tensor]:
 def _understand(key: str, mapping: dict[Any, Any]) -> Weights:
     """A mapping under the names of our networks: prefixes and counters dropped, fc read as linear."""
     notes = [f"weights taken from {key!r}"] if key else []
-    tensors = {str(name): value for name, value in mapping.items() if isinstance(value, Tensor)}
+    tensors = {_text(name): value for name, value in mapping.items() if isinstance(value, Tensor)}
     beside = [name for name, value in mapping.items() if not isinstance(value, Tensor)]
     if beside and key:
         notes.append(f"not tensors, ignored: {some(beside)}")

@@ -32,7 +32,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoints import kinds, reader
+from engine.checkpoints import kinds, pickles, reader
 from engine.checkpoints.foreign import blank, find_weights, misfit, some
 from engine.checkpoints.reader import Contents
 from engine.cli import UserError, is_out_of_memory, reason
@@ -174,9 +174,9 @@ def examine(path: Path, content: bytes | None = None) -> tuple[Contents, str]:
         raise UserError(f"{path}: {kind}")
     try:
         contents = reader.load(content)
-    except reader.OtherKind as error:
+    except pickles.OtherKind as error:
         raise UserError(f"{path}: {error}") from error
-    except reader.Refused as error:
+    except pickles.Refused as error:
         raise UserError(f"{path}: refused: {error}; use another copy or make it again") from error
     except Exception as error:  # a damaged file leads the reader, zipfile and torch to errors of any type
         if is_out_of_memory(error):
