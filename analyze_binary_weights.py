@@ -25,6 +25,7 @@ from engine.checkpoints import BEST, Checkpoint
 from engine.files import atomic_write
 from engine.report import fixed, share
 from models import weight_layers
+from models.bitpack import information_bytes
 
 
 @dataclass(frozen=True)
@@ -148,13 +149,11 @@ def _ruled(layers: list[WeightStats], total: WeightStats) -> Iterator[WeightStat
 def print_sizes(model: nn.Module, total: WeightStats) -> None:
     """What one bit per weight saves, of the weights alone and of the whole network."""
     floats = sum(value.numel() for value in model.state_dict().values() if value.is_floating_point())
-    kept = 4 * (floats - total.count)
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    folded = kept - 8 * sum(norm.num_features for norm in norms)  # a scale and a shift in place of four numbers
+    packed = (total.count + 7) // 8
+    kept, folded = 4 * (floats - total.count), information_bytes(model) - packed
     rows = [("weights alone", 0), ("and all the rest in float32", kept)]
     if folded != kept:
         rows.append(("the same, BatchNorm folded", folded))
-    packed = (total.count + 7) // 8
     print(f"\n{'size of the numbers, in bytes':<32}{'float32':>12}{'1-bit weights':>16}{'ratio':>9}")
     for label, rest in rows:
         full, small = 4 * total.count + rest, packed + rest

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import cifar10
-from engine import binarized, checkpoints, cli, normalization, onnx_export, report, runtime
+from engine import checkpoints, cli, normalization, onnx_export, report, runtime
 from engine.checkpoints import BEST
 from engine.cli import UserError
 from engine.evaluate import Scores, evaluate
 from engine.files import atomic_write, keep_source
+from models.quantizers import SIGN_QUANTIZERS
 
 LATENT_NOTE = """\
 ⚠ These are latent weights. The BatchNorm statistics beside them come from
@@ -167,7 +168,7 @@ def main() -> None:
         print("\n".join(report.headline(loaded)))
         if loaded.kind == "latent":
             print(LATENT_NOTE)
-            if loaded.quantizer in binarized.SIGN_QUANTIZERS:
+            if loaded.quantizer in SIGN_QUANTIZERS:
                 print(BINARIZED_NOTE)
         used = normalization.choose(loaded, args, cifar10.MEAN, cifar10.STD)
     else:

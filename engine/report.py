@@ -12,7 +12,7 @@ KIND_WORDS = {
     "latent": "latent weights of BinaryConnect, real-valued",
     "binary": "binary weights, -1 and +1, each a float32",
     BINARY_1BIT: "binary weights, one bit each",
-    "unknown": "weights of a kind that the file does not tell",
+    "unknown": "weights of unknown kind",
 }
 
 

@@ -131,17 +131,6 @@ def child_environment() -> dict[str, str]:
     return offline_environment()
 
 
-@pytest.fixture
-def other_network(monkeypatch: pytest.MonkeyPatch) -> type:
-    """A network that is no ResNet, in the registry under the name "other"."""
-    from networks import OtherNetwork
-
-    from models import ARCHITECTURES
-
-    monkeypatch.setitem(ARCHITECTURES, "other", OtherNetwork)
-    return OtherNetwork
-
-
 @pytest.fixture(scope="session")
 def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[script_server.ScriptServer]:
     """Training scripts as processes without the time of their imports, and with no way to the network."""

@@ -96,19 +96,6 @@ def random_network(arch: str = "resnet20", seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-class OtherNetwork(torch.nn.Module):
-    """No ResNet: its BatchNorm comes after the ReLU, and no name is that of a ResNet's layer. 2,668 weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = torch.nn.Conv2d(3, 4, 3, stride=4, padding=1, bias=False)
-        self.norm = torch.nn.BatchNorm2d(4)
-        self.head = torch.nn.Linear(4 * 8 * 8, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.norm(self.first(x).relu()).flatten(1))
-
-
 def binary_network(arch: str = "resnet20", seed: int = 0) -> nn.Module:
     """`random_network` with its signs for weights."""
     model = random_network(arch, seed)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from networks import binary_network, random_network, save_checkpoint
+from networks import NEW_NETWORKS, binary_network, random_network, register_new_networks, save_checkpoint
 
 import analyze_binary_weights as analyze
 from analyze_binary_weights import WeightStats
@@ -21,7 +21,7 @@ from engine.binarized import find_scale
 from engine.cli import UserError
 from engine.report import fixed, share
 from models import ResNetS, build, weight_layers
-from models.bitpack import pack_model
+from models.bitpack import information_bytes, pack_model
 
 TOTAL = 268_336
 
@@ -272,14 +272,17 @@ def test_a_mixed_file_is_described_layer_by_layer(tmp_path: Path, call: Callable
     assert re.search(r"^layer3\.2\.conv2 +-a and \+a in each output channel", printed, re.M)
 
 
-def test_a_network_of_another_kind(tmp_path: Path, call: Callable, other_network: type) -> None:
-    torch.manual_seed(0)
-    checkpoints.save(tmp_path / "x.pth", checkpoints.make("other", "latent", other_network().state_dict()))
-    printed = call(tmp_path / "x.pth", "--output-dir", tmp_path)
-    assert re.search(r"^first +4x3x3x3 +108 ", printed, re.M)
-    assert re.search(r"^all 2 layers +2,668 ", printed, re.M)
-    assert re.search(r"in float32 +10,776 +438 ", printed, re.M)  # 16 numbers of BatchNorm, 10 biases
-    assert re.search(r"BatchNorm folded +10,744 +406 ", printed, re.M)
+def test_networks_that_are_no_resnets(tmp_path: Path, call: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    register_new_networks(monkeypatch)
+    for arch, network in NEW_NETWORKS.items():
+        model = network()
+        checkpoints.save(tmp_path / "x.pth", checkpoints.make(arch, "latent", model.state_dict()))
+        printed = call(tmp_path / "x.pth", "--output-dir", tmp_path)
+        layers = weight_layers(model)
+        count = sum(layer.weight.numel() for _, layer in layers)
+        assert re.search(rf"^all {len(layers)} layers +{count:,} ", printed, re.M)
+        assert re.search(rf" {information_bytes(model):,} +[\d.]+x$", printed, re.M)
+        assert all(re.search(rf"^{re.escape(name)} ", printed, re.M) for name, _ in layers)
 
 
 def test_a_share_is_0_or_100_only_where_it_is_exact() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import binary_network, random_network, save_checkpoint, sha256
+from networks import NEW_NETWORKS, binary_network, random_network, register_new_networks, save_checkpoint, sha256
 from script_server import ScriptServer
 
 import cifar10
@@ -264,12 +264,24 @@ def test_a_recorded_normalization_of_other_values_is_an_error(tmp_path: Path, ca
             call("load_binarized_example", tmp_path / "x.pth", "--data-dir", "no-data")
 
 
-def test_a_network_of_another_kind(tmp_path: Path, small_data: Path, call: Callable, other_network: type) -> None:
-    checkpoints.save(tmp_path / "x.pth", checkpoints.make("other", "latent", other_network().state_dict()))
-    scored = call("eval_binarized", tmp_path / "x.pth", "--data-dir", small_data)
-    again = call("load_binarized_example", tmp_path / BINARIZED, "--data-dir", small_data)
-    assert len(ACCURACY.findall(scored)) == 1
-    assert ACCURACY.findall(scored) == ACCURACY.findall(again)
+@pytest.mark.parametrize("arch", NEW_NETWORKS)
+def test_networks_that_are_no_resnets(
+    arch: str, tmp_path: Path, small_data: Path, call: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_new_networks(monkeypatch)
+    save_checkpoint(tmp_path / BEST, "latent", arch=arch)
+    printed = [
+        call(script, *names, "--data-dir", small_data)
+        for script, *names in (
+            ("eval_binarized",),
+            ("eval", BINARIZED),
+            ("load_binarized_example",),
+            ("save_binary_model",),
+            ("eval", PACKED),
+            ("load_binarized_example", PACKED),
+        )
+    ]
+    assert len({figure for text in printed for figure in ACCURACY.findall(text)}) == 1
 
 
 @pytest.mark.parametrize(

@@ -211,11 +211,6 @@ def test_other_onnx_files_and_options_that_are_not_for_them(tmp_path: Path, call
         assert "\n" not in str(error.value)
 
 
-def test_a_network_of_another_kind(tmp_path: Path, small_data: Path, call: Callable, other_network: type) -> None:
-    checkpoints.save(tmp_path / "x.pth", checkpoints.make("other", "float", other_network().state_dict()))
-    assert len(ACCURACY.findall(call(tmp_path / "x.pth", "--data-dir", small_data))) == 1
-
-
 def test_a_class_without_images_has_no_accuracy(tmp_path: Path, small_data: Path, call: Callable) -> None:
     save_checkpoint(tmp_path / "x.pth", "float")
     printed = call(tmp_path / "x.pth", "--data-dir", small_data, "--limit-test", 1, "--plot", tmp_path / "page.PNG")

@@ -119,7 +119,7 @@ def test_prefixes_and_what_they_become(tmp_path: Path, call: Callable) -> None:
     }
     torch.save({"net": stack, "acc": 91.5, "epoch": 7}, tmp_path / "x.pth")
     printed = call(tmp_path / "x.pth")
-    assert "What it is: a file that others made\nFits: ✓ resnet20, weights of a kind" in printed
+    assert "What it is: a file that others made\nFits: ✓ resnet20, weights of unknown kind" in printed
     assert "Keys: 116 tensors under 'net'\n" in printed
     words = " ".join(printed.split())
     assert "prefix 'module.' dropped from 21 names" in words
