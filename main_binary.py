@@ -12,6 +12,7 @@ checkpoint_last.pth, metrics.csv and training_curves.png.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,12 +75,11 @@ def load_init(run: Run) -> checkpoints.Checkpoint | None:
     return loaded
 
 
-def make_optimizers(run: Run, bc: BC) -> list[Optimizer]:
+def make_optimizers(args: argparse.Namespace, bc: BC) -> list[Optimizer]:
     """One optimizer for the latent weights, one for biases and BatchNorm.
 
     Weight decay would drag latent weights towards zero, where signs flip at random: they have none.
     """
-    args = run.args
     latent = bc.targets()
     ours = {id(weight) for weight in latent}
     others = [p for p in bc.model.parameters() if id(p) not in ours]
@@ -137,7 +137,7 @@ def train(run: Run) -> None:
         model.load_state_dict(init.state_dict)
     bc = run.to_device(BC(model, quantizer=stochastic_sign if args.stochastic else deterministic_sign))
     bc.clip()
-    optimizers = make_optimizers(run, bc)
+    optimizers = make_optimizers(args, bc)
     network = run.compile_and_parallelize(bc)
     criterion = make_criterion(run, teacher)
 

@@ -4,12 +4,13 @@
     python3 benchmarks/train_throughput.py --quick    a minute: no compiler, few steps, rough figures
 
 All of it in one process, a few steps of each in turn, over and over: what else the machine does then hits all alike.
-Ours is timed through `Trainer.train_epoch` and the scripts' own `make_train_step`, so nothing of a real run is left
-out but scoring and saving.
+Ours are the scripts themselves, up to `fit`, and `Trainer.train_epoch`: only scoring and saving are left out. The
+latent weights have Muon, the default, and in one row Adam: what that changes is in the column "optimizer".
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import statistics
@@ -19,9 +20,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -35,11 +36,10 @@ import main as float_script  # noqa: E402
 import main_binary as binary_script  # noqa: E402
 from engine import cli, runtime  # noqa: E402
 from engine.files import atomic_write  # noqa: E402
+from engine.training.distillation import make_criterion  # noqa: E402
 from engine.training.loop import Trainer  # noqa: E402
 from engine.training.run import Run  # noqa: E402
-from engine.training.tracking import FlipRateMeter  # noqa: E402
-from models import (  # noqa: E402
-    BC,
+from models import (
     build,
     weight_layers,
 )
@@ -50,7 +50,7 @@ WARM_UP = 6  # steps before the clock starts, in each turn: the batches that the
 CPU = torch.device("cpu")
 
 
-class Contender:
+class Variant:
     """One way to train. `turn` takes some steps and adds images/s to `speeds` and seconds to the parts of the step.
 
     The clocks wait for nothing, which is right on a CPU, where a call returns when its work is done.
@@ -70,7 +70,7 @@ class Contender:
         self.speeds.append(steps * batch_size / seconds)
 
     def _train(self, steps: int) -> None:
-        """Train for so many steps; to call `_begin` before each of them, with its number."""
+        """Train for that many steps; calls `_begin` before each of them, with its number."""
         raise NotImplementedError
 
     def _begin(self, step: int) -> None:
@@ -80,6 +80,7 @@ class Contender:
     def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """`call`, its time added to `part` of the step."""
 
+        @functools.wraps(call)
         def timed_call(*args: Any, **kwargs: Any) -> Any:
             before = time.perf_counter()
             try:
@@ -95,7 +96,7 @@ class Contender:
         return statistics.median(self.speeds)
 
     def share(self, part: str) -> float:
-        """Per cent of the time; "other" is what no part claims: loss, accuracy, schedule, loop."""
+        """Percent of the time; "other" is what no part claims: loss, accuracy, schedule, loop."""
         seconds = self.seconds
         return 100 * (2 * seconds["all"] - seconds.total() if part == "other" else seconds[part]) / seconds["all"]
 
@@ -123,7 +124,7 @@ class PictureDataset(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
-class Textbook(Contender):
+class Textbook(Variant):
     """The loop everyone writes: DataLoader with workers, PIL transforms, NCHW, float32, eager.
 
     The allocator's setting (see `runtime.keep_freed_memory`) holds for the whole process, so it helps here as well.
@@ -161,59 +162,58 @@ class Textbook(Contender):
             self.running_loss += loss.item()
 
 
-class Ours(Contender):
-    """main.py or main_binary.py: their options, their step, the trainer's loop around it."""
+class Ours(Variant):
+    """main.py or main_binary.py with its own options and step, and the trainer's loop around it."""
 
     def __init__(
-        self, script: Any, split: cifar10.Split, options: list[str], *, compiled: bool, precision: str
+        self, script: Any, data: cifar10.Data, options: list[str], *, compiled: bool, precision: str
     ) -> None:
         binary = script is binary_script
-        super().__init__(
-            f"{'BinaryConnect' if binary else 'float'}, {precision}, {'compiled' if compiled else 'eager'}"
-        )
-        args = script.make_parser().parse_args([*options, "--compile" if compiled else "--no-compile"])
-        run = Run(args, CPU, Path("."), "latent" if binary else "float", None, None, precision=precision)
-        run.backward = self.timed("backward", run.backward)
-        run.step = self.timed("optimizer", run.step)
-        torch.manual_seed(args.seed)
-        self.batches = self._forever(cifar10.TrainLoader(split, args.batch_size, seed=args.seed), args.batch_size)
-        make = self._binary_step if binary else self._float_step
-        model, optimizers, step, watch = make(run, len(split))
+        kind = "BinaryConnect" if binary else "float"
+        adam = ", Adam" if "adam" in options else ""
+        super().__init__(f"{kind}{adam}, {precision}, {'compiled' if compiled else 'eager'}")
+        args = script.make_parser().parse_args([*options, "--precision", precision])
+        args.compile = compiled
+        self.run = Run(args, CPU, Path("."), "latent" if binary else "float", None, None)
+        self.run.describe = lambda *_: None
+        self.run.compile_and_parallelize = self._take_network
+        ours = {"fit": self._take, "make_criterion": self._make_criterion}
+        with mock.patch.multiple(script, **ours), mock.patch("cifar10.load", return_value=data):
+            script.train(self.run)
+
+    def _take_network(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
+        for name in ("binarization", "restore", "clip"):
+            if hasattr(network, name):
+                setattr(network, name, self.timed("binary", getattr(network, name)))
+        return self.timed("forward", Run.compile_and_parallelize(self.run, network))
+
+    def _make_criterion(self, run: Run, teacher: None) -> Callable[..., Tensor]:
+        criterion = make_criterion(run, teacher)
+
+        def timing(*args: Tensor) -> Tensor:
+            loss = criterion(*args)
+            loss.backward = self.timed("backward", loss.backward)
+            return loss
+
+        return timing
+
+    def _take(
+        self, run: Run, model: nn.Module, optimizers: list, loader: Any, _: Any, step: Any, **more: Any
+    ) -> None:
+        """In place of `fit`."""
+        self.batches = self._full_batches(loader, run.args.batch_size)
+        self.steps_per_epoch, self.labels = 1000, loader.labels  # what the trainer asks of a loader
+        self.trainer = Trainer(run, model, optimizers, self, step, None, "test", more.get("meter"), {})
         for optimizer in optimizers:
             optimizer.zero_grad = self.timed("optimizer", optimizer.zero_grad)
-        self.steps_per_epoch, self.labels = 1000, split.labels  # what the trainer asks of a loader
-        self.trainer = Trainer(run, model, optimizers, self, step, None, "test", watch, {})
+            optimizer.step = self.timed("optimizer", optimizer.step)
 
-    def _float_step(self, run: Run, images: int) -> tuple[Any, ...]:
-        model = run.place(build(run.args.arch))
-        args = run.args
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=True
-        )
-        network = self.timed("forward", run.wrap(model, images))
-        return model, [optimizer], float_script.make_train_step(run, network, optimizer, args.label_smoothing), None
-
-    def _binary_step(self, run: Run, images: int) -> tuple[Any, ...]:
-        args = run.args
-        bc = run.place(BC(build(args.arch)))
-        bc.clip()
-        optimizers = binary_script.make_optimizers(args, bc)
-        network = self.timed("forward", run.wrap(bc, images))
-        for name in ("binarization", "restore", "clip"):
-            setattr(bc, name, self.timed("binary", getattr(bc, name)))
-
-        def criterion(logits: Tensor, _: Tensor, labels: Tensor) -> Tensor:
-            return F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
-
-        step = binary_script.make_train_step(run, bc, network, optimizers, criterion, args.logit_scale)
-        return bc.model, optimizers, step, FlipRateMeter(bc)
-
-    def _forever(self, loader: cifar10.TrainLoader, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Full batches only, one epoch after the other."""
+    def _full_batches(self, loader: cifar10.TrainLoader, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch after the other."""
         for epoch in itertools.count():
-            yield from (batch for batch in loader.epoch(epoch) if len(batch[1]) == batch_size)
+            yield from (batch for batch in loader.epoch(epoch) if len(batch[1]) == size)
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The trainer's loader is this object itself: an epoch as long as the turn."""
         get = self.timed("data", lambda: next(self.batches))
         for step in range(self.steps):
@@ -222,7 +222,6 @@ class Ours(Contender):
 
     def _train(self, steps: int) -> None:
         self.steps = steps
-        self.trainer.steps_done = 0
         self.trainer.train_epoch()
 
 
@@ -274,46 +273,51 @@ class MatrixProduct:
 # The report
 
 
-def print_speeds(contenders: list[Contender], limits: dict[str, float]) -> None:
+def print_speeds(variants: list[Variant], limits: dict[str, float]) -> None:
     """limits: images/s at the speed of the matrix product, by precision."""
-    base = contenders[0].speed
+    base = variants[0].speed
     print(f"\n{'':<34}{'images/s':>9}{'lowest':>8}{'highest':>8}{'ratio':>7}{'of limit':>9}")
-    for contender in contenders:
-        limit = limits["bfloat16" if "bfloat16" in contender.name else "float32"]
+    for variant in variants:
+        limit = limits["bfloat16" if "bfloat16" in variant.name else "float32"]
         print(
-            f"{contender.name:<34}{contender.speed:>9,.0f}{min(contender.speeds):>8,.0f}{max(contender.speeds):>8,.0f}"
-            f"{contender.speed / base:>7.2f}{100 * contender.speed / limit:>8.1f}%"
+            f"{variant.name:<34}{variant.speed:>9,.0f}{min(variant.speeds):>8,.0f}{max(variant.speeds):>8,.0f}"
+            f"{variant.speed / base:>7.2f}{100 * variant.speed / limit:>8.1f}%"
         )
 
 
-def print_shares(contenders: list[Contender]) -> None:
-    print(f"\n{'per cent of the step':<34}" + "".join(f"{part:>{len(part) + 1}}" for part in (*PARTS, "other")))
-    for contender in contenders:
-        cells = (f"{contender.share(part):>{len(part) + 1}.1f}" for part in (*PARTS, "other"))
-        print(f"{contender.name:<34}" + "".join(cells))
+def print_shares(variants: list[Variant]) -> None:
+    print(f"\n{'percent of the step':<34}" + "".join(f"{part:>{len(part) + 1}}" for part in (*PARTS, "other")))
+    for variant in variants:
+        cells = (f"{variant.share(part):>{len(part) + 1}.1f}" for part in (*PARTS, "other"))
+        print(f"{variant.name:<34}" + "".join(cells))
 
 
-def print_ratios(contenders: list[Contender]) -> None:
-    """BinaryConnect over full precision, in the same precision and mode, turn by turn."""
-    by_name = {contender.name: contender for contender in contenders}
+def print_ratios(variants: list[Variant]) -> None:
+    """BinaryConnect over full precision, and Muon over Adam, in the same precision and mode, turn by turn."""
+    by_name = {variant.name: variant for variant in variants}
+
+    def ratio(one: Variant, other: Variant) -> float:
+        return statistics.median(a / b for a, b in zip(one.speeds, other.speeds, strict=True))
+
     print()
     for name, binary in by_name.items():
-        if name.startswith("BinaryConnect"):
-            full = by_name[name.replace("BinaryConnect", "float")]
-            ratio = statistics.median(b / f for b, f in zip(binary.speeds, full.speeds, strict=True))
-            print(f"{name} / full precision: {ratio:.3f}")
+        if name.startswith("BinaryConnect, Adam"):
+            muon = by_name[name.replace(", Adam", "")]
+            print(f"{muon.name}, Muon / Adam: {ratio(muon, binary):.3f}")
+        elif name.startswith("BinaryConnect"):
+            print(f"{name} / full precision: {ratio(binary, by_name[name.replace('BinaryConnect', 'float')]):.3f}")
 
 
-def save_chart(path: Path, contenders: list[Contender], limits: dict[str, float]) -> None:
+def save_chart(path: Path, variants: list[Variant], limits: dict[str, float]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.5, 0.42 * len(contenders) + 1.4), layout="constrained")
+    figure = Figure(figsize=(8.5, 0.42 * len(variants) + 1.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    names = [contender.name for contender in contenders]
-    colors = ["gray" if c is contenders[0] else "C1" if "Binary" in c.name else "C0" for c in contenders]
-    bars = axes.barh(names, [contender.speed for contender in contenders], color=colors)
+    names = [variant.name for variant in variants]
+    colors = ["gray" if c is variants[0] else "C1" if "Binary" in c.name else "C0" for c in variants]
+    bars = axes.barh(names, [variant.speed for variant in variants], color=colors)
     axes.bar_label(bars, fmt="{:,.0f}", padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.12)
@@ -333,7 +337,7 @@ def make_parser() -> cli.ArgumentParser:
     group.add_argument("--batch-size", type=cli.integer(1), default=128, help="images per batch")
     group.add_argument("--threads", type=cli.integer(1), metavar="N", help="CPU threads (default: torch's choice)")
     group.add_argument("--workers", type=cli.integer(0), default=2, help="of the textbook loop's DataLoader")
-    group.add_argument("--rounds", type=cli.integer(1), default=5, help="turns that each contender gets")
+    group.add_argument("--rounds", type=cli.integer(1), default=5, help="turns of each variant")
     group.add_argument("--steps", type=cli.integer(1), default=10, help="timed steps in a turn")
     group.add_argument("--quick", action="store_true", help="2 turns of 2 steps, not compiled")
     return parser
@@ -344,14 +348,16 @@ def choose_precisions() -> list[str]:
     return ["float32", "bfloat16"] if runtime.cpu_has_bfloat16_units() else ["float32"]
 
 
-def make_contenders(args: Any, split: cifar10.Split, precisions: list[str]) -> list[Contender]:
+def make_variants(args: Any, data: cifar10.Data, precisions: list[str]) -> list[Variant]:
     options = ["--batch-size", str(args.batch_size)]
-    contenders: list[Contender] = [Textbook(split, args.batch_size, args.workers)]
-    modes = (False,) if args.quick else (False, True)
-    for precision, compiled in itertools.product(precisions, modes):
-        for script in (float_script, binary_script):
-            contenders.append(Ours(script, split, options, compiled=compiled, precision=precision))
-    return contenders
+    variants: list[Variant] = [Textbook(data.train, args.batch_size, args.workers)]
+    for precision, compiled in itertools.product(precisions, (False,) if args.quick else (False, True)):
+        how = {"compiled": compiled, "precision": precision}
+        variants.append(Ours(float_script, data, options, **how))
+        variants.append(Ours(binary_script, data, options, **how))
+        if not compiled:
+            variants.append(Ours(binary_script, data, [*options, "--optimizer", "adam"], **how))
+    return variants
 
 
 def main() -> None:
@@ -362,37 +368,37 @@ def main() -> None:
     runtime.keep_freed_memory()
     cli.select_device("cpu", args.threads)
     folder = cli.prepare_output_dir(args.output_dir)
-    split = cifar10.load(args.data_dir).train
-    if len(split) < args.batch_size:
-        raise cli.UserError(f"--batch-size {args.batch_size}: there are {len(split)} training images only")
+    data = cifar10.load(args.data_dir)
+    if len(data.train) < args.batch_size:
+        raise cli.UserError(f"--batch-size {args.batch_size}: there are {len(data.train)} training images only")
     print(f"machine: {runtime.describe(CPU)}, torch {torch.__version__}; batches of {args.batch_size}")
     precisions = choose_precisions()
     if "bfloat16" not in precisions:
         print("bfloat16 left out: neither AMX nor AVX-512 BF16 found, it may be emulated")
     products = [MatrixProduct(precision, 512 if args.quick else 2048) for precision in precisions]
-    contenders = make_contenders(args, split, precisions)
-    with tqdm(total=(args.rounds + 1) * len(contenders), disable=not sys.stderr.isatty(), leave=False) as bar:
+    variants = make_variants(args, data, precisions)
+    with tqdm(total=(args.rounds + 1) * len(variants), disable=not sys.stderr.isatty(), leave=False) as bar:
         for number in range(args.rounds + 1):
-            for contender in contenders:
-                bar.set_postfix_str(contender.name)
-                contender.turn(args.steps, args.batch_size)
+            for variant in variants:
+                bar.set_postfix_str(variant.name)
+                variant.turn(args.steps, args.batch_size)
                 bar.update()
             for product in products:
                 product.turn()
             if number == 0:  # compiled and warm: the figures begin
-                for contender in contenders:
-                    contender.speeds.clear()
-                    contender.seconds.clear()
+                for variant in variants:
+                    variant.speeds.clear()
+                    variant.seconds.clear()
     flops = training_flops(build("resnet20"))
     limits = {product.precision: 1e9 * product.speed / flops for product in products}
     print(f"\n{flops / 1e6:.1f} million floating-point operations to train on one image")
     for product in products:
         images = limits[product.precision]
         print(f"matrix product, {product.precision}: {product.speed:,.0f} GFLOP/s, {images:,.0f} images/s")
-    print_speeds(contenders, limits)
-    print_ratios(contenders)
-    print_shares(contenders)
-    save_chart(folder / PICTURE, contenders, limits)
+    print_speeds(variants, limits)
+    print_ratios(variants)
+    print_shares(variants)
+    save_chart(folder / PICTURE, variants, limits)
     print(f"\nSaved {folder / PICTURE}")
 
 

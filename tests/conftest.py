@@ -51,6 +51,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.quick)
 
 
+@pytest.fixture(autouse=True)
+def no_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `-m quick` a test that starts a process after all fails: it is to be marked `slow`."""
+    if request.config.getoption("markexpr") == "quick":
+
+        def refuse(*_: object, **__: object) -> None:
+            pytest.fail("a quick test starts no process: mark it slow")
+
+        monkeypatch.setattr("os.fork", refuse)
+        monkeypatch.setattr("subprocess.Popen.__init__", refuse)
+
+
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for --data-dir: 250 training images (50 a file) and 100 test images, binary format."""

@@ -21,7 +21,7 @@ GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 @pytest.mark.slow
-def test_a_compiled_run_is_resumed_bit_for_bit(
+def test_compiled_run_is_resumed_bit_for_bit(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The short batch at the end of an epoch must not change how the others are computed, which a run resumed after

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,7 +159,7 @@ def test_binaryconnect_equals_one_process(binary_run: tuple[Path, str], small_da
     reference.args.latent_lr = main_binary.LATENT_LR["muon"]
     bc = BC(reference.model, quantizer=stochastic_sign)
     bc.clip()
-    optimizers = main_binary.make_optimizers(SimpleNamespace(args=reference.args), bc)
+    optimizers = main_binary.make_optimizers(reference.args, bc)
 
     def step_on_latent_weights() -> None:
         bc.restore()

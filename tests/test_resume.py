@@ -80,6 +80,7 @@ def stop_at_step(number: int, monkeypatch: pytest.MonkeyPatch, run: Callable[[],
             run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "optimizer"),
     [

@@ -26,18 +26,21 @@ def test_quick_form(
     done = run_script(script, "--quick", "--batch-size", 25, "--workers", 1, "--data-dir", small_data, cwd=tmp_path)
     lines = done.stdout.splitlines()
     assert max(len(line) for line in lines if str(tmp_path) not in line and str(small_data) not in line) <= 80
-    names = ["textbook loop", "float, float32, eager", "BinaryConnect, float32, eager"]
-    if runtime.cpu_has_bfloat16_units():
-        names += ["float, bfloat16, eager", "BinaryConnect, bfloat16, eager"]
+    precisions = ["float32", "bfloat16"] if runtime.cpu_has_bfloat16_units() else ["float32"]
+    kinds = ("float", "BinaryConnect", "BinaryConnect, Adam")
+    names = ["textbook loop", *(f"{kind}, {precision}, eager" for precision in precisions for kind in kinds)]
     assert [line[:34].rstrip() for line in lines if "eager  " in line or line.startswith("textbook")] == 2 * names
-    assert ("bfloat16 left out" in done.stdout) == (len(names) == 3)
+    assert ("bfloat16 left out" in done.stdout) == (len(precisions) == 1)
+    assert done.stdout.count("Muon / Adam: ") == done.stdout.count("/ full precision: ") == len(precisions)
     for name in names:
         speeds, shares = (line.removeprefix(name).split() for line in lines if line.startswith(f"{name}  "))
         middle, lowest, highest = (float(figure.replace(",", "")) for figure in speeds[:3])
         assert 0 < lowest <= middle <= highest
         assert sum(map(float, shares)) == pytest.approx(100, abs=0.5)
         assert min(map(float, shares)) >= 0
-        assert (float(shares[1]) > 0) == name.startswith("BinaryConnect")
+        data, binary, forward, backward, optimizer, _ = map(float, shares)
+        assert (binary > 0) == name.startswith("BinaryConnect")
+        assert min(data, forward, backward, optimizer) > 0
     assert (tmp_path / "train_throughput.png").stat().st_size > 5000
 
 
@@ -51,14 +54,14 @@ def module() -> ModuleType:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("script", [main, main_binary])
-def test_a_contender_trains_in_its_precision(
+def test_a_variant_trains_in_its_precision(
     module: ModuleType, script: ModuleType, precision: str, small_data: Path
 ) -> None:
-    split = cifar10.load(small_data).train
-    contender = module.Ours(script, split, ["--batch-size", "10"], compiled=False, precision=precision)
+    data = cifar10.load(small_data)
+    variant = module.Ours(script, data, ["--batch-size", "10"], compiled=False, precision=precision)
     outputs = []
-    contender.trainer.model.linear.register_forward_hook(lambda _layer, _images, output: outputs.append(output.dtype))
-    contender.turn(1, 10)
+    variant.trainer.model.linear.register_forward_hook(lambda _layer, _images, output: outputs.append(output.dtype))
+    variant.turn(1, 10)
     assert set(outputs) == {runtime.PRECISIONS[precision]}
     assert len(outputs) == module.WARM_UP + 1
 
