@@ -169,9 +169,8 @@ class Ours(Variant):
         self, script: Any, data: cifar10.Data, options: list[str], *, compiled: bool, precision: str
     ) -> None:
         binary = script is binary_script
-        kind = "BinaryConnect" if binary else "float"
-        adam = ", Adam" if "adam" in options else ""
-        super().__init__(f"{kind}{adam}, {precision}, {'compiled' if compiled else 'eager'}")
+        mode = "Adam" if "adam" in options else "compiled" if compiled else "eager"
+        super().__init__(f"{'BinaryConnect' if binary else 'float'}, {precision}, {mode}")
         args = script.make_parser().parse_args([*options, "--precision", precision])
         args.compile = compiled
         self.run = Run(args, CPU, Path("."), "latent" if binary else "float", None, None)
@@ -301,8 +300,8 @@ def print_ratios(variants: list[Variant]) -> None:
 
     print()
     for name, binary in by_name.items():
-        if name.startswith("BinaryConnect, Adam"):
-            muon = by_name[name.replace(", Adam", "")]
+        if name.endswith("Adam"):
+            muon = by_name[name.replace("Adam", "eager")]
             print(f"{muon.name}, Muon / Adam: {ratio(muon, binary):.3f}")
         elif name.startswith("BinaryConnect"):
             print(f"{name} / full precision: {ratio(binary, by_name[name.replace('BinaryConnect', 'float')]):.3f}")
