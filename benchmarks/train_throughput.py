@@ -39,10 +39,7 @@ from engine.files import atomic_write  # noqa: E402
 from engine.training.distillation import make_criterion  # noqa: E402
 from engine.training.loop import Trainer  # noqa: E402
 from engine.training.run import Run  # noqa: E402
-from models import (
-    build,
-    weight_layers,
-)
+from models import build, weight_layers  # noqa: E402
 
 PARTS = ("data", "binary", "forward", "backward", "optimizer")
 PICTURE = "train_throughput.png"

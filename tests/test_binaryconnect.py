@@ -525,7 +525,7 @@ def make_step(
     def criterion(logits: Tensor, _images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
-    return main_binary.make_train_step(run, bc, bc, main_binary.make_optimizers(run, bc), criterion)
+    return main_binary.make_train_step(run, bc, bc, main_binary.make_optimizers(args, bc), criterion)
 
 
 class Reference:
@@ -582,38 +582,53 @@ class Reference:
         self.steps += 1
         gradients = self.gradients(x, labels)
         for name, w in self.latent.items():
-            rule = self.adam if self.optimizer == "adam" else self.nesterov
-            change = rule(name, w, gradients[name], self.options["latent_lr"], self.options["latent_weight_decay"])
+            change = getattr(self, self.optimizer)(name, w, gradients[name], self.options["latent_lr"])
             self.latent[name] = np.clip(w + change, -1, 1)
         for name, w in self.others.items():
-            change = self.nesterov(name, w, gradients[name], self.options["lr"], self.options["weight_decay"])
+            change = self.sgd(name, w, gradients[name], self.options["lr"], self.options["weight_decay"])
             self.others[name] = w + change
 
-    def nesterov(self, name: str, w: np.ndarray, gradient: np.ndarray, lr: float, decay: float) -> np.ndarray:
+    def sgd(self, name: str, w: np.ndarray, gradient: np.ndarray, lr: float, decay: float = 0.0) -> np.ndarray:
         gradient = gradient + decay * w
         velocity = 0.9 * self.memory[name][0] + gradient if name in self.memory else gradient
         self.memory[name] = [velocity]
         return -lr * (gradient + 0.9 * velocity)
 
-    def adam(self, name: str, w: np.ndarray, gradient: np.ndarray, lr: float, decay: float) -> np.ndarray:
-        gradient = gradient + decay * w
+    def adam(self, name: str, w: np.ndarray, gradient: np.ndarray, lr: float) -> np.ndarray:
         first, second = self.memory.get(name, [np.zeros_like(w), np.zeros_like(w)])
         self.memory[name] = [0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2]
         first, second = self.memory[name]
         first, second = first / (1 - 0.9**self.steps), second / (1 - 0.999**self.steps)
         return -lr * first / (np.sqrt(second) + 1e-8)
 
+    def muon(self, name: str, w: np.ndarray, gradient: np.ndarray, lr: float) -> np.ndarray:
+        [average] = self.memory.get(name, [np.zeros_like(w)])
+        self.memory[name] = [average := 0.95 * average + 0.05 * gradient]
+        left, values, right = np.linalg.svd(
+            (0.05 * gradient + 0.95 * average).reshape(len(w), -1), full_matrices=False
+        )
+        values = values / np.linalg.norm(values)
+        for _ in range(5):
+            values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+        update = (left * values @ right).reshape(w.shape)
+        return -lr * update / np.sqrt(np.mean(update**2))
+
 
 # No two options have one value, so that none can stand in for another.
-NUMERICS = {
-    "adam": {"latent_lr": 0.05, "latent_weight_decay": 1e-3},
-    "sgd": {"latent_lr": 2.0, "latent_weight_decay": 1e-3},
-}
+# Learning rates of the latent weights, and how far float32 may be off: Muon raises small singular values 485 times.
+NUMERICS = {"muon": (0.03, 3e-5), "adam": (0.05, 5e-6), "sgd": (2.0, 5e-6)}
 
 
 @pytest.mark.parametrize("optimizer", NUMERICS)
 def test_twenty_steps_are_those_of_the_paper_in_float64(optimizer):
-    options = NUMERICS[optimizer] | {"lr": 0.1, "weight_decay": 1e-2, "logit_scale": 0.5, "label_smoothing": 0.1}
+    latent_lr, tolerance = NUMERICS[optimizer]
+    options = {
+        "latent_lr": latent_lr,
+        "lr": 0.1,
+        "weight_decay": 1e-2,
+        "logit_scale": 0.5,
+        "label_smoothing": 0.1,
+    }
     random = np.random.default_rng(9)
     torch.manual_seed(9)
     model = nn.Sequential(
@@ -642,12 +657,12 @@ def test_twenty_steps_are_those_of_the_paper_in_float64(optimizer):
             nearest, smallest = min(nearest, np.abs(w).min()), min(smallest, np.abs(gradients[name]).min())
             flips += int((before[name] != (w >= 0)).sum())
             clipped += int((np.abs(w) == 1).sum())
-    assert nearest > 2e-5, "choose another seed: rounding could flip a sign"
+    assert nearest > 4 * tolerance, "choose another seed: rounding could flip a sign"
     if optimizer == "adam":
         assert smallest > 1e-6, "choose another seed: Adam divides by the gradient's size and would enlarge rounding"
     assert flips > 10, "too few signs changed for the test to mean much"
     assert clipped > 10
     for ours, theirs in zip(bc.targets(), reference.latent.values(), strict=True):
-        np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=0, atol=5e-6)
+        np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=0, atol=tolerance)
     for ours, theirs in zip((model[1].weight, model[1].bias, model[5].bias), reference.others.values(), strict=True):
-        np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=0, atol=5e-6)
+        np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=0, atol=tolerance)
