@@ -235,6 +235,15 @@ def test_latent_weights_of_another_quantizer_are_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
 
 
+@pytest.mark.parametrize(
+    "script", ["analyze_binary_weights", "eval", "eval_binarized", "load_binarized_example", "save_binary_model"]
+)
+def test_every_script_takes_the_key_of_the_weights(script: str, tmp_path: Path, call: Callable) -> None:
+    torch.save({"net": binary_network().state_dict()}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="absent"):
+        call(script, tmp_path / "x.pth", "--weights-key", "absent")
+
+
 def test_another_normalization_goes_with_the_network(tmp_path: Path, small_data: Path, call: Callable) -> None:
     """Of a file of others into what is made from it, the ONNX file's graph included."""
     torch.save(random_network().state_dict(), tmp_path / "x.pth")
