@@ -204,7 +204,7 @@ def check_pieces(form: str, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None
 def test_shipped_files_load_with_the_same_bits() -> None:
     """The 1-bit file, packed anew from what it was made of, is the same."""
     shipped = checkpoints.load(ROOT / "pretrained" / "resnet20_binary_1bit.pth")
-    model = checkpoints.load(ROOT / "pretrained" / "resnet20_bc_latent.pth").model()
+    model = checkpoints.load(ROOT / "pretrained" / "resnet20_binary_latent.pth").model()
     binarize_model(model)
     packed = pack_model(model, "resnet20")
     for key in ("signs", "floats"):

@@ -21,11 +21,8 @@ SHIPPED = {
 # from machine to machine, which may decide an image or two of 10,000. The binary networks are held to their figure.
 SCORED_BY = {
     "resnet20_float.pth": ("eval.py", 0.02),
-    "resnet20_bc_default_latent.pth": ("eval_binarized.py", 0.0),
-    "resnet20_bc_300_latent.pth": ("eval_binarized.py", 0.0),
-    "resnet20_bc_warm_latent.pth": ("eval_binarized.py", 0.0),
-    "resnet20_bc_latent.pth": ("eval_binarized.py", 0.0),
-    "resnet20_binarized.pth": ("load_binarized_example.py", 0.0),
+    "resnet20_binary_latent.pth": ("eval_binarized.py", 0.0),
+    "resnet20_binary_adam_latent.pth": ("eval_binarized.py", 0.0),
     "resnet20_binary_1bit.pth": ("load_binarized_example.py", 0.0),
 }
 
