@@ -1,4 +1,4 @@
-"""The README keeps its word: its commands exist, with these options, and its files are there."""
+"""README and docs/ keep their word: their commands exist, with these options, their files and tests are there."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ import pytest
 from conftest import ROOT
 from script_server import ScriptServer
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(?:bash|sh|console)\n(.*?)```", README, re.DOTALL)
+DOCUMENTS = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+README = DOCUMENTS[ROOT / "README.md"]
+SHOWN = README + (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
+BLOCKS = [
+    *re.findall(r"```(?:bash|sh|console)\n(.*?)```", SHOWN, re.DOTALL),
+    *re.findall(r"`(python3 [^`]+)`", README),
+]
 COMMANDS = sorted(
     {
         match[0]
@@ -42,16 +47,21 @@ def test_options_in_the_readme_are_in_the_help(script: str, scripts: ScriptServe
     assert not missing
 
 
-def test_files_linked_in_the_readme_exist() -> None:
-    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
-    assert targets
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+def test_linked_files_exist() -> None:
+    for path, text in DOCUMENTS.items():
+        targets = [target for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) if "://" not in target]
+        assert targets or path.name in ("formats.md", "guarantees.md", "experiments.md", "walkthrough.md")
+        assert [target for target in targets if not (path.parent / target).exists()] == [], path
 
 
-def test_tests_named_in_the_readme_exist() -> None:
-    """The section "What you can rely on" backs its sentences with names of tests."""
+def test_every_document_is_linked_in_the_readme() -> None:
+    assert [path.name for path in DOCUMENTS if path.parent.name == "docs" and f"docs/{path.name}" not in README] == []
+
+
+def test_tests_named_in_the_documents_exist() -> None:
+    """docs/guarantees.md backs its sentences with names of tests."""
     sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
-    named = set(re.findall(r"`(test_[a-z0-9_]+)`", README))
+    named = {name for text in DOCUMENTS.values() for name in re.findall(r"`(test_[a-z0-9_]+)`", text)}
     files = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
     assert named
     assert [name for name in sorted(named - files) if f"def {name}(" not in sources] == []
@@ -64,7 +74,7 @@ def test_requirements_are_the_six() -> None:
 
 
 def fits(shown: list[str], printed: list[str]) -> str:
-    """Where the output in the README is not what was printed, or nothing. `[...` in the README stands for any lines.
+    """Where the output in a document is not what was printed, or nothing. `[...` there stands for any lines.
 
     Numbers may differ by 1 in 2,000, one image of the test set in most figures, and those with an exponent by any
     amount: rounding depends on the machine.
@@ -77,9 +87,9 @@ def fits(shown: list[str], printed: list[str]) -> str:
         while skipping and printed and not same_line(line, printed[0]):
             printed = printed[1:]
         if not printed or not same_line(line, printed[0]):
-            return f"the README has {line!r}, printed is {printed[:1]}"
+            return f"the document has {line!r}, printed is {printed[:1]}"
         printed, skipping = printed[1:], False
-    return "" if skipping or not printed else f"not in the README: {printed}"
+    return "" if skipping or not printed else f"not in the document: {printed}"
 
 
 def same_line(shown: str, printed: str) -> bool:
@@ -98,14 +108,14 @@ def test_other_output_is_noticed() -> None:
     assert fits(shown, ["Test Accuracy: 90.01%", "a", "b", "✓ Saved: 41,253 bytes"]) == ""
     assert "90.0" in fits(shown, ["Test Accuracy: 89.90%", "a", "✓ Saved: 41,253 bytes"])
     assert "41,253" in fits(shown, ["Test Accuracy: 90.00%", "a", "✗ Saved: 41,253 bytes"])
-    assert "not in the README" in fits(shown, ["Test Accuracy: 90.00%", "✓ Saved: 41,253 bytes", "and more"])
+    assert "not in the document" in fits(shown, ["Test Accuracy: 90.00%", "✓ Saved: 41,253 bytes", "and more"])
 
 
 @pytest.mark.real_data
-def test_the_commands_print_what_the_readme_shows(real_data: Path, scripts: ScriptServer, tmp_path: Path) -> None:
+def test_the_commands_print_what_the_documents_show(real_data: Path, scripts: ScriptServer, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "pretrained", tmp_path / "pretrained")
     steps = []
-    for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL):
+    for block in re.findall(r"```console\n(.*?)```", SHOWN, re.DOTALL):
         for step in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             command, *shown = step.rstrip().splitlines()
             steps.append((command, shown))
