@@ -61,7 +61,8 @@ def test_every_document_is_linked_in_the_readme() -> None:
 def test_tests_named_in_the_documents_exist() -> None:
     """docs/guarantees.md backs its sentences with names of tests."""
     sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
-    named = {name for text in DOCUMENTS.values() for name in re.findall(r"`(test_[a-z0-9_]+)`", text)}
+    texts = [text for path, text in DOCUMENTS.items() if path.name != "formats.md"]  # it has keys of such names
+    named = {name for text in texts for name in re.findall(r"`(test_[a-z0-9_]+)`", text)}
     files = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
     assert named
     assert [name for name in sorted(named - files) if f"def {name}(" not in sources] == []
