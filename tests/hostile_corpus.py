@@ -764,10 +764,7 @@ def values() -> Iterator[Case]:
 
 def folding() -> Iterator[Case]:
     """BatchNorms that are finite, and beyond float32 once they are multiplied out; to be scored, if that works."""
-    for title, weight, mean, bias in (
-        ("cancels", 1e4, 1e7, 1e11),
-        ("overflows in the shift", 1e38, 1e38, 0.0),
-    ):
+    for title, weight, mean, bias in (("cancels", 1e4, 1e7, 1e11), ("overflows in the shift", 1e38, 1e38, 0.0)):
         change = {"bn1.weight": weight, "bn1.running_mean": mean, "bn1.bias": bias}
         numbers = {"bn1.running_var": torch.ones(16)} | {
             key: torch.full((16,), value) for key, value in change.items()

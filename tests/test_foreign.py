@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from engine import checkpoints
 from engine.checkpoints import Checkpoint
 from engine.cli import UserError
+from engine.report import headline
 
 NETWORK = random_network()
 STATE = NETWORK.state_dict()
@@ -341,6 +342,7 @@ def test_notes_say_what_was_done(tmp_path):
     beside = {"bc": prefixed("module.net.", with_fc()), "options": argparse.Namespace(a=1), "epoch": 7}
     loaded = opened(saved(tmp_path / "a.pth", beside))
     notes = " ".join(loaded.notes)
+    assert all(f"  {note}" in headline(loaded) for note in loaded.notes)
     assert all(word in notes for word in ("'bc'", "'module.net.'", "116", "'fc'", "'linear'", "argparse.Namespace"))
     assert "nothing was run" in notes
     assert (loaded.weights_key, loaded.epoch) == ("bc", 7)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from engine.checkpoints.pickles import Inert
 from engine.checkpoints.reader import Contents
 from engine.cli import UserError
-from models import build
+from models import ARCHITECTURES
 from models.resnet_s import NUM_CLASSES, architecture_of
 
 _WRAPPERS = re.compile(r"^(?:(?:model|module|_orig_mod)\.)+")
@@ -29,11 +29,15 @@ _LONGEST_NAME = 1000
 _DEEPEST = 20  # of weights in what holds them
 
 
-@functools.cache
 def blank(arch: str) -> nn.Module:
-    """The network of that name with no memory behind its tensors (the meta device)."""
+    """The network of a name in ARCHITECTURES with no memory behind its tensors (the meta device)."""
+    return _blank(ARCHITECTURES[arch])
+
+
+@functools.cache
+def _blank(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.device("meta"):
-        return build(arch)
+        return build()
 
 
 @dataclass
