@@ -468,6 +468,7 @@ def exit_status(number: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_crash_before_the_rename_leaves_the_old_file(tmp_path, monkeypatch, call):
@@ -511,6 +512,7 @@ def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, m
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 @needs_fork
 def test_a_file_that_the_system_cuts_short_is_not_kept(tmp_path):
     """A limit on the size of files does what a full disk does: write() fails half-way."""
@@ -631,6 +633,7 @@ class Holder:
         os.close(self._ready)
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("ending", [9, 15, None], ids=["SIGKILL", "SIGTERM", "exit"])
 def test_the_lock_names_its_process_and_ends_with_it(tmp_path, ending):
@@ -664,6 +667,7 @@ def test_a_holder_that_says_nothing_sensible_is_still_a_holder(tmp_path, content
             FolderLock(tmp_path)
 
 
+@pytest.mark.slow
 @needs_fork
 def test_of_many_that_start_together_one_gets_the_folder(tmp_path):
     def take() -> None:

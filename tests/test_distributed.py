@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import one_line, resume_options
+from script_server import ScriptServer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -210,7 +212,7 @@ def test_stop_and_resume(
     binary_run: tuple[Path, str],
     small_data: Path,
     child_environment: dict[str, str],
-    run_script: Callable[..., subprocess.CompletedProcess[str]],
+    scripts: ScriptServer,
 ) -> None:
     """A signal to torchrun ends both processes; resumed, nothing shows that it happened."""
     process = subprocess.Popen(
@@ -230,9 +232,8 @@ def test_stop_and_resume(
     assert errors.count(go_on) == 1, errors
     assert load(tmp_path / LAST)["epoch"] == 1
 
-    alone = run_script("main_binary.py", "--resume", "--data-dir", small_data, cwd=tmp_path, check=False)
-    assert alone.returncode == 2
-    assert f"{LAST}: is a run of 2 processes" in alone.stderr
+    alone = scripts.run("main_binary.py", *resume_options(small_data), cwd=tmp_path, expect=2)
+    assert f"{LAST}: is a run of 2 processes" in one_line(alone.errors)
 
     output = launch("main_binary.py", tmp_path, small_data, child_environment, "--resume", "--wandb", "disabled")
     assert output.count("Resuming") == 1

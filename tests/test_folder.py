@@ -181,20 +181,6 @@ def test_leftovers_go_at_the_next_start(
     assert {path.name for path in tmp_path.iterdir()} == {*RUN_FILES, ".run.lock"}
 
 
-def test_atomic_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.pth"
-    files.atomic_write(path, b"old")
-
-    def fails_halfway(file: object) -> None:
-        file.write(b"ne")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(UserError, match=r"a.pth: .*No space left on device"):
-        files.atomic_write(path, fails_halfway)
-    assert path.read_bytes() == b"old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.pth"]
-
-
 def test_a_set_is_archived_under_one_name(tmp_path: Path) -> None:
     names = ["a.pth", "b.csv"]
     assert files.archive(tmp_path, names) is None
@@ -205,18 +191,6 @@ def test_a_set_is_archived_under_one_name(tmp_path: Path) -> None:
     found = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
     kept = {f"previous-{number}/{name}": f"{name} {number}" for number in (1, 2) for name in names}
     assert found == kept | {"other": "other 2"}
-
-
-def test_files_that_cannot_be_archived_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / BEST).write_bytes(b"1")
-
-    def refuse(*_: object) -> None:
-        raise OSError(13, "Permission denied")
-
-    monkeypatch.setattr(files.os, "replace", refuse)
-    with pytest.raises(UserError, match=rf"{tmp_path}.*Permission denied"):
-        files.archive(tmp_path, [BEST])
-    assert (tmp_path / BEST).read_bytes() == b"1"
 
 
 def test_links_are_moved_aside_as_files_are(tmp_path: Path) -> None:
@@ -239,13 +213,3 @@ def test_the_lock_does_not_write_through_a_link(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\.run\.lock: cannot be opened"):
         files.FolderLock(tmp_path)
     assert precious.read_text() == "precious"
-
-
-def test_what_was_left_an_hour_ago_goes_with_the_next_write(tmp_path: Path) -> None:
-    old, new, other = (tmp_path / name for name in ("a[1].png.tmp-1", "a[1].png.tmp-2", "b.png.tmp-1"))
-    for path in (old, new, other):
-        path.write_bytes(b"")
-    for path in (old, other):
-        os.utime(path, (1, 1))
-    files.atomic_write(tmp_path / "a[1].png", b"")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a[1].png", "a[1].png.tmp-2", "b.png.tmp-1"]

@@ -288,21 +288,14 @@ def _moments(change: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, Any]]
 
 
 DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "no optimizers": lambda state: state.pop("optimizers"),
     "fewer optimizers": lambda state: state["optimizers"].pop(),
     "moments of another shape": _moments(lambda moment: moment[:1]),
-    "moments of another type": _moments(lambda moment: moment.double()),
     "moments that are NaN": _moments(lambda moment: moment * torch.nan),
-    "a moment that is no tensor": _moments(lambda moment: 5),
     "a weight without moments": lambda state: state["optimizers"][0]["state"].pop(3),
     "another rate": lambda state: state["optimizers"][0]["param_groups"][0].update(lr=1e20),
     "weights in another order": lambda state: state["optimizers"][0]["param_groups"][0]["params"].reverse(),
     "a number too large for a float": lambda state: state["optimizers"][0]["param_groups"][0].update(lr=10**400),
-    "another epoch": lambda state: state.update(epoch=2),
     "an epoch beyond the run": lambda state: state.update(epoch=99),
-    "a history that is NaN": lambda state: state["history"][0].update(train_loss=float("nan")),
-    "a strange column": lambda state: [row.update({"$\\frac$": 1.0}) for row in state["history"]],
-    "no best": lambda state: state.update(best={}),
     "a best of no epoch": lambda state: state["best"].update(epoch=7),
     "negative variances": lambda state: state["best"]["state_dict"]["bn1.running_var"].sub_(99),
     "no generator": lambda state: state.update(generators={}),
@@ -315,7 +308,7 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_a_training_state_that_does_not_fit_is_refused(
     damage: str, small_data: Path, tmp_path: Path, binary_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The checksum of the file is right: it says nothing of who made it."""
+    """The checksum of the file is right: it says nothing of who made it. More of them are in hostile_corpus.py."""
     content = checkpoints.load(binary_run / LAST).raw
     content.pop("checksum")
     DAMAGE[damage](content["training"])
@@ -324,19 +317,6 @@ def test_a_training_state_that_does_not_fit_is_refused(
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "it.pth"))):
         run_here(main_binary, tmp_path / "out", monkeypatch, *options)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".run.lock"]
-
-
-def test_recorded_options_are_held_to_the_rules_of_the_command_line(
-    tmp_path: Path, float_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changes = [{"epochs": 0}, {"epochs": "many"}, {"batch_size": True}, {"arch": "resnet8"}, {"lr": None}, {"new": 1}]
-    for number, change in enumerate([*changes, {"seed": [1]}, {"resume": "x"}, {"compile": "yes"}]):
-        content = checkpoints.load(float_run / LAST).raw
-        content.pop("checksum")
-        content["config"] |= change
-        checkpoints.save(tmp_path / "it.pth", content)
-        with pytest.raises(UserError, match=re.escape(str(tmp_path / "it.pth"))):
-            run_here(main, tmp_path / str(number), monkeypatch, "--resume", tmp_path / "it.pth")
 
 
 def test_a_teacher_of_other_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,6 +162,7 @@ def begin(folder: Path, said: list[str], mode: str = "auto") -> tracking.WandbRu
     return tracking.WandbRun(mode, folder, name="n", config={"a": 1}, run_id="abc", epochs=12, say=said.append)
 
 
+@pytest.mark.slow
 def test_rows_histograms_and_summary(tmp_path: Path, marked: dict[str, str]) -> None:
     said: list[str] = []
     run = begin(tmp_path, said, "offline")
@@ -225,6 +226,7 @@ def stub(tmp_path: Path, marked: dict[str, str], monkeypatch: pytest.MonkeyPatch
     return (tmp_path / "wandb.py").write_text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_what_a_wandb_that_hangs_costs(
     tmp_path: Path, stub: Callable, monkeypatch: pytest.MonkeyPatch, interrupted: bool
@@ -269,6 +271,7 @@ MODES = {  # option, WANDB_MODE: mode
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", MODES)
 def test_the_mode(
     tmp_path: Path,
@@ -286,6 +289,7 @@ def test_the_mode(
     assert capfd.readouterr().out.splitlines() == (lines if MODES[option] else [])
 
 
+@pytest.mark.slow
 def test_a_wandb_that_cannot_be_used_costs_one_line(
     tmp_path: Path, stub: Callable, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,8 +1,7 @@
 """Several processes under `torchrun`, or one: every function also works, and does nothing, in a single process.
 
 Each process trains on its shard of every batch; DistributedDataParallel averages the gradients, so the weights are
-the same everywhere. BatchNorm statistics are each process's own: those of process 0, the writer, are scored and
-saved.
+the same everywhere. BatchNorm statistics are each process's own: those of process 0, the writer, are saved.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ def start() -> None:
         dist.init_process_group(backend)
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the other processes cannot be joined ({reason(error)}); "
-            "start several processes with torchrun"
+            f"WORLD_SIZE is set; the other processes cannot be joined ({reason(error)}): use torchrun"
         ) from error
     finally:
         for number, handler in handlers.items():
@@ -98,16 +96,12 @@ def agree(value: str, what: str) -> None:
 @torch.no_grad()
 def copy_buffers_from_writer(model: nn.Module) -> None:
     """Give all processes the writer's BatchNorm statistics, so that what they score is the network that is saved."""
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
+    for buffer in model.buffers() if dist.is_initialized() else ():
+        dist.broadcast(buffer, src=0)
 
 
 def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
-    """DistributedDataParallel around `module` where there are several processes: gradients are averaged.
-
-    BatchNorm statistics stay each process's own, so buffers are not broadcast.
-    """
+    """DistributedDataParallel around `module` where there are several processes. Buffers stay each process's own."""
     if not dist.is_initialized():
         return module
     wrapper = nn.parallel.DistributedDataParallel
