@@ -187,6 +187,7 @@ def find_all(content: bytes, sign: bytes) -> Iterator[int]:
         place = content.find(sign, place + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["binary", checkpoints.BINARY_1BIT])
 def test_a_flipped_bit_never_gives_other_weights(tmp_path, kind, request):
     path = saved(tmp_path / "a.pth", kind)
@@ -386,6 +387,7 @@ RULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_the_message_says_what_was_refused(tmp_path, name):
     """And so each rule is seen to act, not the next one behind it."""

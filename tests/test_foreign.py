@@ -32,6 +32,8 @@ from engine.checkpoints import Checkpoint
 from engine.cli import UserError
 from engine.report import headline
 
+pytestmark = pytest.mark.slow  # all of them together
+
 NETWORK = random_network()
 STATE = NETWORK.state_dict()
 ZEROED = {key: torch.zeros_like(value) if "num_batches" in key else value for key, value in STATE.items()}
