@@ -90,7 +90,7 @@ def write_plain_onnx(model: ResNetS, images: Tensor, folder: Path) -> None:
     Unsigned activations, signed weights with a scale per channel: of the forms that the quantizer offers, the one
     in which every convolution is an integer one. (Its default, signed activations, leaves 10 of 19 in float.)
     Weights of 7 bits (`reduce_range`): x86 CPUs without VNNI add pairs of products in 16 bits, which 8-bit weights
-    overflow (benchmarks/speed.md); -1 and +1 are exact in 7 bits.
+    overflow (docs/speed.md); -1 and +1 are exact in 7 bits.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process

@@ -29,7 +29,7 @@ def test_it_prints_its_tables_and_saves_a_chart(tmp_path: Path, small_data: Path
 
 
 def test_the_plain_8_bit_network_overflows_on_no_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """x86 without VNNI adds two products of an unsigned and a signed byte in 16 bits (benchmarks/speed.md)."""
+    """x86 without VNNI adds two products of an unsigned and a signed byte in 16 bits (docs/speed.md)."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     images = torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8)
     importlib.import_module("inference").write_plain_onnx(binary_network(), images, tmp_path)
