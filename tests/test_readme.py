@@ -23,7 +23,7 @@ COMMANDS = sorted(
         match[0]
         for block in BLOCKS
         for line in block.replace("\\\n", " ").splitlines()
-        for match in re.finditer(r"python3 [\w/]+\.py[^&|#;\n]*", line.removeprefix("$ "))
+        for match in re.finditer(r"python3 \w+\.py[^&|#;\n]*", line.removeprefix("$ "))
     }
 )
 
