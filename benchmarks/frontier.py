@@ -49,7 +49,7 @@ class Network:
     ours: bool = False
 
 
-PUBLISHED = (  # see README.md, "Results" and "References"
+PUBLISHED = (  # README.md has the papers, docs/images/README.md the repositories
     Network("ReSTE", 91.32, ENDS_IN_FLOAT, True),
     Network("IR-Net", 90.8, ENDS_IN_FLOAT, True),
     Network("ProxQuant", 90.65, SHORTCUTS_IN_FLOAT, True),
