@@ -131,7 +131,7 @@ def _split(records: list[np.ndarray], name: str, folder: Path) -> Split:
         raise UserError(f"{folder}: its {name} files hold no images")
     images = np.empty((count, SIDE, SIDE, 3), np.uint8)
     planes = [part[:, 1:].reshape(-1, 3, SIDE, SIDE) for part in records]
-    np.concatenate([part.transpose(0, 2, 3, 1) for part in planes], out=images)
+    np.concatenate([part.transpose(0, 2, 3, 1) for part in planes], out=images)  # without a second copy
     labels = np.concatenate([part[:, 0] for part in records]).astype(np.int64)
     return Split(torch.from_numpy(images), torch.from_numpy(labels), name)
 
@@ -305,47 +305,33 @@ def channel_statistics(images: torch.Tensor) -> tuple[list[float], list[float]]:
 
 
 def save_picture(path: Path, split: Split, seed: int) -> None:
-    """Save a PNG of up to 64 training images beside their augmented versions in an epoch."""
-    from matplotlib.figure import Figure
+    """Save a PNG of up to 64 training images, each beside its augmented version in an epoch, four times as large."""
+    from PIL import Image
+    from torchvision.utils import make_grid
 
     order, offsets, flips = (part[:64] for part in TrainLoader(split, 64, seed=seed)._plan(0))
-    images, labels = split.images[order], split.labels[order]
-    figure = Figure(figsize=(15, 8.2), layout="constrained")
-    panels = (
-        ("Training images as they are", images),
-        ("Augmented: padded by 4, cropped, mirrored", augment(images, offsets, flips)),
-    )
-    for axes, (title, pictures) in zip(figure.subplots(1, 2), panels, strict=True):
-        axes.set_title(title, fontsize=13)
-        axes.axis("off")
-        cell = SIDE + 10  # room for a name above each image
-        sheet = np.full((8 * cell, 8 * cell, 3), 255, np.uint8)
-        for place, (picture, label) in enumerate(zip(pictures.numpy(), labels.tolist(), strict=True)):
-            top, left = place // 8 * cell + 8, place % 8 * cell + 5
-            sheet[top : top + SIDE, left : left + SIDE] = picture
-            axes.text(left + SIDE / 2, top - 1.5, CLASSES[label], ha="center", fontsize=7)
-        axes.imshow(sheet, interpolation="nearest")
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    images = split.images[order]
+    pairs = torch.stack([images, augment(images, offsets, flips)], 1).flatten(0, 1).permute(0, 3, 1, 2)
+    sheet = make_grid(pairs, nrow=16, pad_value=255)  # (3, height, width)
+    picture = Image.fromarray(sheet.permute(1, 2, 0).repeat_interleave(4, 0).repeat_interleave(4, 1).numpy())
+    atomic_write(path, lambda file: picture.save(file, format="PNG"))
 
 
 def _print_report(data: Data) -> None:
     print(f"Data: {data.folder}")
     print("Checksums: all right, " + ("CIFAR-10" if data.official else f"by its own {SUMS}"))
     print(f"\n{'class':<12}{'train':>8}{'test':>8}")
-    for label, name in enumerate(CLASSES):
-        counts = [(split.labels == label).sum().item() for split in (data.train, data.test)]
-        print(f"{name:<12}{counts[0]:>8,}{counts[1]:>8,}")
-    print(f"{'all':<12}{len(data.train):>8,}{len(data.test):>8,}")
-    means, stds = channel_statistics(data.train.images)
+    counts = [split.labels.bincount(minlength=len(CLASSES)).tolist() for split in (data.train, data.test)]
+    for name, *row in zip((*CLASSES, "all"), *([*count, sum(count)] for count in counts), strict=True):
+        print(f"{name:<12}{row[0]:>8,}{row[1]:>8,}")
     print(f"\n{'channel':<10}{'mean':>8}{'used':>9}{'std':>10}{'used':>9}")
+    means, stds = channel_statistics(data.train.images)
     for name, mean, used_mean, std, used_std in zip(("red", "green", "blue"), means, MEAN, stds, STD, strict=True):
         print(f"{name:<10}{mean:>8.4f}{used_mean:>9.4f}{std:>10.4f}{used_std:>9.4f}")
 
 
 def main() -> None:
-    parser = cli.ArgumentParser(
-        "Find or download CIFAR-10, verify it, print its statistics, draw an augmented batch."
-    )
+    parser = cli.ArgumentParser("Find or download CIFAR-10, verify it, print its statistics, draw a batch.")
     cli.add_data_dir_option(parser)
     cli.add_output_option(parser)
     parser.add_argument("--seed", type=int, default=0, help="which images are drawn and how they are augmented")

@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import textwrap
 import traceback
 from collections.abc import Callable
@@ -25,7 +26,6 @@ from tqdm import tqdm
 EXIT_MISTAKE = 2
 EXIT_UNREAD = 141  # what a shell shows of a program that SIGPIPE has ended
 _LONGEST_MESSAGE = 2000
-PROBE = ".write-probe"
 
 
 class UserError(Exception):
@@ -62,62 +62,32 @@ class ArgumentParser(argparse.ArgumentParser):
         )
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
-    def adopt_defaults(self, values: dict[str, Any]) -> None:
-        """Take `values`, as a file recorded them, as defaults; they are held to the same rules when parsing.
-
-        Raises UserError for a value that the command line could not give.
-        """
-        for action in self._actions:
-            if action.dest not in values:
-                continue
-            value = values[action.dest]
-            if action.nargs == 0:  # a flag
-                fits = isinstance(value, bool)
-            elif value is None:
-                fits = action.default is None
-            else:
-                fits = isinstance(value, str | int | float) and (not action.choices or value in action.choices)
-                value = str(value)  # argparse parses defaults that are text
-            if not fits:
-                self.error(f"--{action.dest.replace('_', '-')}: {value!r} does not fit")
-            action.default = value
-
     def error(self, message: str) -> None:
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def number(
+    minimum: float, *, above: bool = False, maximum: float = math.inf, kind: type = float
+) -> Callable[[str], Any]:
+    """An argparse type: a finite number of at least `minimum` (strictly above it with `above`)."""
+    bounds = f"{'above' if above else 'at least'} {minimum:g}"
+    bounds += f" and at most {maximum:.15g}" if maximum < math.inf else ""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a{' whole' * (kind is int)} number") from None
+        if not minimum <= value <= maximum or value == math.inf or (above and value == minimum):
+            raise argparse.ArgumentTypeError(f"{text} does not fit: {bounds} is needed")
+        return value
+
+    return parse
+
+
 def integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
     """An argparse type: a whole number of at least `minimum` and at most `maximum`."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{value} is too small: at least {minimum} is needed")
-        if value > maximum:
-            raise argparse.ArgumentTypeError(f"{value} is too large: at most {maximum} fits")
-        return value
-
-    return parse
-
-
-def number(minimum: float, *, above: bool = False, maximum: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a finite number of at least `minimum` (strictly above it with `above`)."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not math.isfinite(value) or value < minimum or (above and value == minimum) or value > maximum:
-            lower = f"above {minimum:g}" if above else f"at least {minimum:g}"
-            upper = f" and at most {maximum:g}" if maximum < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} does not fit: {lower}{upper} is needed")
-        return value
-
-    return parse
+    return number(minimum, maximum=maximum, kind=int)
 
 
 def add_data_options(parser: ArgumentParser, *, batch_size: int) -> None:
@@ -177,18 +147,13 @@ def select_device(name: str, threads: int | None = None) -> torch.device:
         torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = False  # torch's default there are products of 10 bits
     if name == "auto":
-        if torch.cuda.is_available():
-            name = "cuda"
-        elif torch.backends.mps.is_available():
-            name = "mps"
-        else:
-            name = "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
     except RuntimeError:
-        raise UserError(f"--device {name}: no such device; use auto, cpu, cuda, cuda:N or mps") from None
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name}: not supported; use auto, cpu, cuda, cuda:N or mps")
+        raise UserError(f"--device {name}: not supported; use auto, cpu, cuda, cuda:N or mps") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices; use --device cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -203,11 +168,10 @@ def prepare_output_dir(folder: Path, option: str = "--output-dir") -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f"{PROBE}.tmp-{os.getpid()}"  # named as what remove_leftovers finds
-        probe.write_bytes(b"")
-        probe.unlink(missing_ok=True)  # a run that begins in this folder now may have tidied it away
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        why = "is not a folder" if os.path.lexists(folder) and not folder.is_dir() else reason(error)
+        why = "is not a folder" if isinstance(error, FileExistsError) else reason(error)
         raise UserError(f"{option} {folder}: cannot be written to: {why}") from error
     return folder
 
@@ -225,13 +189,11 @@ def reason(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-_PLAIN = {"✓": "[ok]", "⚠": "[!]", "✗": "[x]", "±": "+-", "×": "x", "–": "-", "—": "-", "…": "...", "µ": "u"}
+_PLAIN = {"✓": "[ok]", "⚠": "[!]", "✗": "[x]"}
 
 
 def _degrade(error: UnicodeError) -> tuple[str, int]:
-    assert isinstance(error, UnicodeEncodeError)
-    text = error.object[error.start : error.end]
-    return "".join(_PLAIN.get(char, "?") for char in text), error.end
+    return "".join(_PLAIN.get(char, "?") for char in error.object[error.start : error.end]), error.end
 
 
 def use_plain_text_where_needed() -> None:
@@ -285,7 +247,6 @@ def run(main: Callable[[], None]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # as exceptions, so that what must be cleaned up is
         if signal.getsignal(number) is not signal.SIG_IGN:  # as for Ctrl-C in a job that nohup started
             signal.signal(number, _stop)
-    debug = "--debug" in sys.argv
     try:
         try:
             main()
@@ -300,19 +261,16 @@ def run(main: Callable[[], None]) -> None:
         # The reader (`| head`) is gone: nothing is left to say; stop the interpreter's own flush from complaining.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_UNREAD)
-    except UserError as error:
-        if debug:
-            traceback.print_exc()
-        sys.exit(fail(str(error)))
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            message = str(error)
+        elif is_out_of_memory(error):
+            message = "out of memory; close other programs or, where the script has it, use a smaller --batch-size"
+        elif isinstance(error, OSError):
+            message = f"{error.filename}: {reason(error)}" if error.filename else reason(error)
+            message += "; free some space and run again" if error.errno == errno.ENOSPC else ""
+        else:
             raise
-        if debug:
+        if "--debug" in sys.argv:
             traceback.print_exc()
-        sys.exit(fail("out of memory; close other programs or, where the script has it, use a smaller --batch-size"))
-    except OSError as error:
-        if debug:
-            traceback.print_exc()
-        where = f"{error.filename}: " if error.filename else ""
-        hint = "; free some space and run again" if error.errno == errno.ENOSPC else ""
-        sys.exit(fail(f"{where}{reason(error)}{hint}"))
+        sys.exit(fail(message))

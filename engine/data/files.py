@@ -49,7 +49,7 @@ class Damaged(Exception):
     """A file of CIFAR-10 is missing or has the wrong checksum: another copy or a new download helps."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Files:
     """The content of a folder: for each file its records, uint8 (n, 3073). official: all are CIFAR-10's own."""
 
@@ -65,9 +65,7 @@ def read_folder(folder: Path, md5s: dict[str, str], train: bool) -> Files:
     Raises Damaged where a file of CIFAR-10 is missing or wrong, UserError where a new download cannot help.
     """
     sums = _own_sums(folder)
-    train_records: list[np.ndarray] = []
-    test_records: list[np.ndarray] = []
-    official = True
+    found = Files([], [], True, folder)
     for name, official_md5 in md5s.items():
         is_test = name.startswith("test")
         if not (train or is_test):
@@ -79,10 +77,10 @@ def read_folder(folder: Path, md5s: dict[str, str], train: bool) -> Files:
                 problem = "is missing" if content is None else "does not have the checksum of CIFAR-10"
                 raise Damaged(f"{path} {problem}")
             _check_own(path, content, sums)
-            official = False
+            found.official = False
         records = parse_python(content) if md5s is PYTHON_MD5 else _parse_binary(path, content)
-        (test_records if is_test else train_records).append(records)
-    return Files(train_records, test_records, official, folder)
+        (found.test if is_test else found.train).append(records)
+    return found
 
 
 def md5(content: bytes | memoryview) -> str:

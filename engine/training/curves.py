@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 from typing import Any
@@ -24,50 +23,40 @@ def draw_curves(folder: Path, history: list[dict[str, float]], title: str) -> No
 
     Raises UserError where the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    known = {key for row in history for key in row}
-    panels = [(label, [key for key in keys if key in known], scale) for label, keys, scale in PANELS]
+    panels = [(label, [key for key in keys if key in history[-1]], scale) for label, keys, scale in PANELS]
     panels = [panel for panel in panels if panel[1]]
     across, down = (2, 2) if len(panels) == 4 else (len(panels), 1)
     figure = Figure(figsize=(4.6 * across, 3.5 * down + 0.4), facecolor="white")
-    FigureCanvasAgg(figure)
+    margin = max(0.5, 0.02 * len(history))
     for axes, (label, keys, scale) in zip(figure.subplots(down, across, squeeze=False).flat, panels, strict=True):
         for key in keys:
             _draw_line(axes, history, key)
         axes.set_title(label, pad=24)
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.99), ncols=len(keys), frameon=False, fontsize=9)
         axes.grid(alpha=0.3)
-        _scale_x(axes, len(history))
+        axes.set_xlim(1 - margin, len(history) + margin)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xlabel("epoch")
         if scale == "rate":
-            _scale_rate(axes, [row[key] for row in history for key in keys if key in row])
+            _scale_rate(axes, [row[key] for row in history for key in keys])
     figure.suptitle(title, y=1 - 0.15 / figure.get_figheight())
     # Fixed margins: the automatic ones take longer than everything else.
     figure.subplots_adjust(0.16 / across, 0.15 / down, 0.98, 1 - 0.27 / down, 0.2, 0.46)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
-    atomic_write(folder / CURVES, image.getvalue())
+    atomic_write(folder / CURVES, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def _draw_line(axes: Any, history: list[dict[str, float]], key: str) -> None:
     """One column of metrics.csv over the epochs, with a ring at the best epoch of the score that chose it."""
-    points = [(row["epoch"], row[key]) for row in history if key in row]
+    epochs, values = [row["epoch"] for row in history], [row[key] for row in history]
     label = key.replace("_", " ")
     if key in ("val_accuracy", "test_accuracy"):
-        best = max(points, key=lambda point: point[1])
-        label += f" (best {best[1]:.2f})"
-        axes.plot(*best, marker="o", fillstyle="none", color="black")
-    axes.plot(*zip(*points, strict=True), label=label, marker="." if len(history) < 40 else "")
-
-
-def _scale_x(axes: Any, epochs: int) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    margin = max(0.5, 0.02 * epochs)
-    axes.set_xlim(1 - margin, epochs + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlabel("epoch")
+        best = max(values)
+        label += f" (best {best:.2f})"
+        axes.plot(epochs[values.index(best)], best, marker="o", fillstyle="none", color="black")
+    axes.plot(epochs, values, label=label, marker="." if len(history) < 40 else "")
 
 
 def _scale_rate(axes: Any, values: list[float]) -> None:

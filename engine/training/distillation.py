@@ -21,18 +21,12 @@ from models.bitpack import fold_normalization
 def add_teacher_options(parser: cli.ArgumentParser) -> None:
     group = parser.add_argument_group("distillation")
     group.add_argument("--teacher", type=Path, metavar="CKPT", help="learn from this full-precision checkpoint too")
-    group.add_argument(
-        "--temperature",
-        type=cli.number(0, above=True, maximum=1000),
-        default=4.0,
-        help="divides the logits of both networks before they are compared",
+    divides, share = (
+        "divides the logits of both networks before they are compared",
+        "share of the teacher in the loss",
     )
-    group.add_argument(
-        "--teacher-weight",
-        type=cli.number(0, maximum=1),
-        default=0.9,
-        help="share of the teacher in the loss",
-    )
+    group.add_argument("--temperature", type=cli.number(0, above=True, maximum=1000), default=4.0, help=divides)
+    group.add_argument("--teacher-weight", type=cli.number(0, maximum=1), default=0.9, help=share)
 
 
 def load_teacher(run: Run) -> checkpoints.Checkpoint | None:

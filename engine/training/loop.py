@@ -1,7 +1,6 @@
 """The loop that both trainings share: epochs, progress, scoring, saving, resuming.
 
-A script makes a `Run` (run.py), builds its network and optimizers, and gives `fit` the function that does one
-step. The step itself is in the script.
+A script makes a `Run` (run.py), builds its network and optimizers, and gives `fit` the function that does one step.
 """
 
 from __future__ import annotations
@@ -10,9 +9,10 @@ import math
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,74 +24,50 @@ from engine.checkpoints import BEST, FINAL, LAST
 from engine.cli import Interrupted, UserError, reason
 from engine.evaluate import Scores, evaluate
 from engine.training import distributed
+from engine.training.curves import draw_curves
 from engine.training.run import Run, plain_options
 from engine.training.schedule import repeat_steps, warmup_steps, warmup_then_cosine
 from engine.training.state import check_best, check_form, check_history, in_own_memory, state_after_a_step
-from engine.training.tracking import END_PATIENCE, WandbRun, draw_curves, write_metrics
+from engine.training.tracking import FlipRateMeter, write_metrics
+from engine.training.wandb_run import WandbRun
 from models import weight_layers
+
+if TYPE_CHECKING:
+    from cifar10 import Data, TrainLoader
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (images, labels) -> (loss, logits)
 _LOOK_SECONDS = 0.5  # how often the numbers are fetched from the device for the progress bar
 _CURVES_SECONDS = 60.0  # drawing takes about a second: not at the end of every short epoch
 
 
-class Loader(Protocol):
-    """The training batches of one process: see cifar10.TrainLoader."""
-
-    steps_per_epoch: int
-    labels: Tensor  # of all the images, in file order
-
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]: ...
-
-
-class EvaluationData(Protocol):
-    """The images to score on: see cifar10.Data."""
-
-    def count(self, split: str) -> int: ...
-
-    def batches(self, split: str, device: torch.device, rank: int, world_size: int) -> Iterator: ...
-
-
-class EpochMeter(Protocol):
-    """Something that measures a whole epoch: see tracking.FlipRateMeter."""
-
-    def begin(self) -> None: ...
-
-    def end(self) -> dict[str, float]: ...
-
-
+@dataclass(eq=False)
 class Trainer:
     """Runs the epochs of one run and keeps its files. Use through `fit`."""
 
-    def __init__(
-        self,
-        run: Run,
-        model: nn.Module,
-        optimizers: list[Optimizer],
-        loader: Loader,
-        step: Step,
-        score: Callable[[str], Scores],
-        chosen_on: str,
-        meter: EpochMeter | None,
-        extra: dict[str, Any],
-    ) -> None:
-        self.run, self.model, self.optimizers, self.loader = run, model, optimizers, loader
-        self.step, self.score, self.chosen_on, self.meter, self.extra = step, score, chosen_on, meter, extra
-        self.forms = [state_after_a_step(optimizer) for optimizer in optimizers]
-        epochs, steps = run.args.epochs, loader.steps_per_epoch
-        warmup = warmup_steps(epochs, run.args.warmup_epochs, steps)
+    run: Run
+    model: nn.Module
+    optimizers: list[Optimizer]
+    loader: TrainLoader
+    step: Step
+    score: Callable[[str], Scores]  # of the split of that name
+    chosen_on: str  # the split that chooses the best epoch
+    meter: FlipRateMeter | None
+    extra: dict[str, Any]  # further entries of the checkpoints
+
+    def __post_init__(self) -> None:
+        run, steps = self.run, self.loader.steps_per_epoch
+        self.forms = [state_after_a_step(optimizer) for optimizer in self.optimizers]
+        warmup = warmup_steps(run.args.epochs, run.args.warmup_epochs, steps)
         if not run.resumed and warmup != round(run.args.warmup_epochs * steps):
-            short = f"--epochs {epochs} is that short"
+            short = f"--epochs {run.args.epochs} is that short"
             run.print_once(f"Warm-up shortened to one fifth of the run, {warmup} steps: {short}.")
-        self.schedulers = [warmup_then_cosine(optimizer, epochs * steps, warmup) for optimizer in optimizers]
+        total = run.args.epochs * steps
+        self.schedulers = [warmup_then_cosine(optimizer, total, warmup) for optimizer in self.optimizers]
         self.epoch = 0  # finished epochs
-        self.owns_folder = run.resumes_its_own_folder()  # checkpoint_last.pth there, if any, is this run's
-        self.totals = torch.zeros(3, device=run.device)  # sum of loss, correct, images: of the epoch under way
-        self.steps_done, self.seconds = 0, 0.0  # of the epoch under way
-        self.scoring_seconds = 0.0  # of the last epoch
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {}
         self.wandb_id = uuid.uuid4().hex[:8]
+        self.owns_folder = run.resumes_its_own_folder()  # checkpoint_last.pth there, if any, is this run's
         self._curves_drawn = time.perf_counter()
 
     # -- state ---------------------------------------------------------------------------------------------
@@ -102,9 +78,6 @@ class Trainer:
         entries = self.extra | {"config": config, "versions": versions} | more
         state = self.model.state_dict()
         return checkpoints.make(self.run.args.arch, self.run.kind, state, epoch=epoch, metrics=metrics, **entries)
-
-    def best_checkpoint(self) -> dict[str, Any]:
-        return self.checkpoint(self.best["epoch"], self.best["metrics"], state_dict=self.best["state_dict"])
 
     def training_state(self) -> dict[str, Any]:
         """What a resumed run needs beside the weights. Schedules are functions of the step: they need no state."""
@@ -132,11 +105,9 @@ class Trainer:
         state = resumed.raw["training"]
         if state["labels"] != expected["labels"]:
             raise UserError(f"{resumed.path}: was run on other training images than --data-dir holds; use the same")
-        if state["processes"] != expected["processes"]:
-            raise UserError(
-                f"{resumed.path}: is a run of {state['processes']} processes, resumed by {expected['processes']}; "
-                "start as many"
-            )
+        before, now = state["processes"], expected["processes"]
+        if before != now:
+            raise UserError(f"{resumed.path}: is a run of {before} processes, resumed by {now}; start as many")
         history, best = state["history"], state["best"]
         check_history(history, state["epoch"], self.run.args.epochs, {"epoch", f"{self.chosen_on}_accuracy"})
         check_best(best, history, self.model.state_dict())
@@ -153,10 +124,9 @@ class Trainer:
             mine.load_state_dict(in_own_memory(saved, mine))
         self.model.load_state_dict(resumed.state_dict)
         runtime.restore_generators(generators)
-        self.epoch, self.history, self.best = state["epoch"], history, best
-        self.wandb_id = state["wandb_id"]
-        if self.run.device.type == "cpu" and state["threads"] != expected["threads"]:
-            before, now = state["threads"], expected["threads"]
+        self.epoch, self.history, self.best, self.wandb_id = state["epoch"], history, best, state["wandb_id"]
+        before, now = state["threads"], expected["threads"]
+        if self.run.device.type == "cpu" and before != now:
             self.run.print_once(f"It ran on --threads {before} and now runs on {now}: not the same bits any more.")
 
     def save(self, name: str, content: dict[str, Any]) -> None:
@@ -164,6 +134,13 @@ class Trainer:
         if distributed.is_writer():
             self.run.check_folder()
             checkpoints.save(self.run.folder / name, content)
+
+    def save_last(self) -> None:
+        self.save(LAST, self.checkpoint(self.epoch, self.history[-1], training=self.training_state()))
+
+    def save_best(self) -> None:
+        best = self.best
+        self.save(BEST, self.checkpoint(best["epoch"], best["metrics"], state_dict=best["state_dict"]))
 
     def _check_finite(self) -> None:
         if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
@@ -186,34 +163,33 @@ class Trainer:
         run = self.run
         if run.resumed:
             self.resume(run.resumed)
-        if not run.resumes_its_own_folder():
+        if not self.owns_folder:
             run.archive_previous_run()
             self.owns_folder = True
         if run.resumed:
-            self.save(LAST, self.checkpoint(self.epoch, self.history[-1], training=self.training_state()))
-            self.save(BEST, self.best_checkpoint())  # a kill may have left that of an epoch that is done again
+            self.save_last()
+            self.save_best()  # a kill may have left that of an epoch that is done again
             if self.epoch == run.args.epochs:
                 run.print_once(f"{run.resumed.path}: this run is finished, all {self.epoch} epochs of it.")
                 return
             run.print_once(f"Resuming {run.resumed.path} at epoch {self.epoch + 1}.")
-        tracker = WandbRun(
+        wandb_run = WandbRun(
             run.args.wandb if distributed.is_writer() else "disabled",
             run.folder,
-            epochs=run.args.epochs,
+            run.args.epochs,
+            run.print_once,
             name=f"{run.args.arch}-{run.kind}-seed{run.args.seed}",
             config=plain_options(run.args),
-            run_id=self.wandb_id,
-            say=run.print_once,
+            id=self.wandb_id,
         )
-        status, patience = 1, 3.0
+        exit_code = 1
         try:
             while self.epoch < run.args.epochs:
-                self.train_epoch()
-                self.finish_epoch()
-                tracker.log(self.history[-1], self.latent_weights if run.kind == "latent" else None)
-            status, patience = 0, END_PATIENCE
+                self.finish_epoch(*self.train_epoch())
+                wandb_run.log(self.history[-1], self.latent_weights if run.kind == "latent" else None)
+            exit_code = 0
         finally:
-            tracker.finish(status, patience, self.summary())
+            wandb_run.finish(exit_code, self.summary())
 
     def latent_weights(self) -> Tensor:
         """All of them, (n,)."""
@@ -229,27 +205,27 @@ class Trainer:
             found["one_bit_bytes"] = math.ceil(len(self.latent_weights()) / 8)  # of the signs alone
         return found
 
-    def train_epoch(self) -> None:
-        self.totals.zero_()
-        self.steps_done = 0
+    def train_epoch(self) -> tuple[Tensor, float]:
+        """All steps of an epoch. Returns this process's sums of loss, correct and images, (3,), and the seconds."""
         if self.meter:
             self.meter.begin()
         self.model.train()
+        totals = torch.zeros(3, device=self.run.device)
         started = looked = time.perf_counter()
-        steps = self.loader.steps_per_epoch
         with self._bar() as bar:
             for images, labels in self.loader.epoch(self.epoch):
                 loss, logits = self._step(images, labels)
                 for scheduler in self.schedulers:
                     scheduler.step()
-                self._count(loss.detach(), logits, labels)
-                self.steps_done += 1
-                bar.update()
-                now = time.perf_counter()
-                self.seconds = now - started
-                if now - looked > _LOOK_SECONDS or self.steps_done == steps:
-                    looked = now
-                    self._show(bar)
+                totals[0] += loss.detach().float() * len(labels)
+                totals[1] += (logits.argmax(1) == labels).sum()
+                totals[2] += len(labels)
+                bar.update(len(labels) * distributed.world_size())  # the other processes go as fast
+                if time.perf_counter() - looked > _LOOK_SECONDS:
+                    looked = time.perf_counter()
+                    mean, accuracy, _ = self._means(totals)
+                    bar.set_description_str(f"{self._position()}  loss {mean:.3f}  acc {accuracy:.1f}%")
+        return totals.cpu(), time.perf_counter() - started  # the time when the device is done
 
     def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         try:
@@ -258,46 +234,66 @@ class Trainer:
             self._check_finite()
             raise
 
-    def _count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        if loss.device.type == "cpu" and not math.isfinite(loss.item()):
-            raise self.diverged()  # elsewhere reading the loss would stall the device: `_show` looks at it
-        count = len(labels)
-        correct = (logits.argmax(1) == labels).sum()
-        self.totals += torch.stack([loss.float() * count, correct.float(), correct.new_tensor(count).float()])
+    def _means(self, totals: Tensor) -> tuple[float, float, float]:
+        """Loss, accuracy in per cent, number of images. Raises UserError where the loss is not finite."""
+        loss, correct, count = totals.tolist()
+        if not math.isfinite(loss):
+            raise self.diverged()
+        return loss / max(count, 1), 100 * correct / max(count, 1), count
 
-    def finish_epoch(self) -> None:
+    def _bar(self) -> tqdm:
+        return tqdm(
+            total=len(self.loader.labels),
+            desc=self._position(),
+            unit=" images",
+            leave=False,
+            disable=not (sys.stderr.isatty() and distributed.is_writer()),
+            bar_format="{desc}  {rate_noinv_fmt}  {remaining} left |{bar}|",
+            dynamic_ncols=True,
+        )
+
+    def _position(self) -> str:
+        return f"epoch {self.epoch + 1}/{self.run.args.epochs}"
+
+    def finish_epoch(self, totals: Tensor, seconds: float) -> None:
         """Score the network after an epoch's last step and write the run's files."""
-        loss, accuracy, count = _means(distributed.sum_over_ranks(self.totals))
+        loss, accuracy, count = self._means(distributed.sum_over_ranks(totals))
         self._check_finite()
-        started = time.perf_counter()
-        scores = self._score(self.chosen_on)
-        self.scoring_seconds = time.perf_counter() - started
+        scores, on = self._score(self.chosen_on), self.chosen_on
         row = {"epoch": self.epoch + 1, "train_loss": loss, "train_accuracy": accuracy}
-        row[f"{self.chosen_on}_loss"] = scores.loss
-        row[f"{self.chosen_on}_accuracy"] = scores.accuracy
-        row[f"{self.chosen_on}_images"] = scores.images
+        row |= {f"{on}_loss": scores.loss, f"{on}_accuracy": scores.accuracy, f"{on}_images": scores.images}
         row |= {
             group.get("name", "lr"): group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups
         }
         row |= self.meter.end() if self.meter else {}
-        row |= {"seconds": self.seconds, "images_per_second": count / max(self.seconds, 1e-9)}
-        improved = not self.best or scores.accuracy > self.best["metrics"][f"{self.chosen_on}_accuracy"]
+        row |= {"seconds": seconds, "images_per_second": count / max(seconds, 1e-9)}
+        improved = not self.best or scores.accuracy > self.best["metrics"][f"{on}_accuracy"]
         if improved:
             state = checkpoints.plain_state(self.model.state_dict(), copy=True)
             self.best = {"epoch": self.epoch + 1, "metrics": row, "state_dict": state}
         self.history.append(row)
-        self.epoch, self.steps_done = self.epoch + 1, 0
-        self.save(LAST, self.checkpoint(self.epoch, row, training=self.training_state()))
+        self.epoch += 1
+        self.save_last()
         if improved:
-            self.save(BEST, self.best_checkpoint())
+            self.save_best()
         self.write_records()
-        self.run.print_once(self._epoch_line(row))
+        self.run.print_once(self._epoch_line(row, (self.run.args.epochs - self.epoch) * (seconds + scores.seconds)))
 
     def _score(self, split: str) -> Scores:
         try:
             return self.score(split)
         except ValueError as error:  # the outputs are NaN though each weight is finite
             raise self.diverged() from error
+
+    def _epoch_line(self, row: dict[str, float], seconds_left: float) -> str:
+        """At most 80 columns. Images/s stand in metrics.csv and, on a terminal, in the bar."""
+        on, epochs = self.chosen_on, self.run.args.epochs
+        flips = f"  flips {row['flipped']:.1f}%" if "flipped" in row else ""
+        return (
+            f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['train_loss']:.3f}  "
+            f"train {row['train_accuracy']:.1f}%  {on} {row[f'{on}_accuracy']:.2f}%{flips}  "
+            f"{tqdm.format_interval(seconds_left)} left"
+        )
 
     def write_records(self, *, always: bool = False) -> None:
         """Write metrics.csv and, now and then or `always`, training_curves.png."""
@@ -312,17 +308,13 @@ class Trainer:
 
     def finish(self) -> None:
         """Score the final and the best epoch on the test set, and write what is not there yet."""
-        run = self.run
+        run, on_test = self.run, self.chosen_on == "test"
         self.save(FINAL, self.checkpoint(self.epoch, self.history[-1]))
         self.write_records(always=True)
         final = self._score("test")
         run.print_once(f"\nFinal epoch ({self.epoch}), {FINAL}, on {final.images:,} test images:")
         run.print_once(final.accuracy_line())
-        how = (
-            "on the test set itself, so this figure is optimistic"
-            if self.chosen_on == "test"
-            else "on held-out images"
-        )
+        how = "on the test set itself, so this figure is optimistic" if on_test else "on held-out images"
         run.print_once(f"Best epoch ({self.best['epoch']}), {BEST}, chosen {how}:")
         self.model.load_state_dict(self.best["state_dict"])
         run.print_once(self._score("test").accuracy_line())
@@ -340,60 +332,18 @@ class Trainer:
             return "Stopped before the first step: nothing was saved; start again with the same command."
         return "Stopped in the first epoch: nothing is saved yet; start again without --resume."
 
-    # -- what is shown -------------------------------------------------------------------------------------
-
-    def _bar(self) -> tqdm:
-        return tqdm(
-            total=self.loader.steps_per_epoch,
-            desc=f"epoch {self.epoch + 1}/{self.run.args.epochs}",
-            leave=False,
-            disable=not (sys.stderr.isatty() and distributed.is_writer()),
-            bar_format="{desc} |{bar}|",
-            dynamic_ncols=True,
-        )
-
-    def _show(self, bar: tqdm) -> None:
-        loss, accuracy, count = _means(self.totals)
-        if not math.isfinite(loss):
-            raise self.diverged()
-        speed = count * distributed.world_size() / max(self.seconds, 1e-9)
-        bar.set_description_str(
-            f"epoch {self.epoch + 1}/{self.run.args.epochs}  loss {loss:.3f}  acc {accuracy:.1f}%  "
-            f"{speed:,.0f} images/s  {self._time_left()} left"
-        )
-
-    def _time_left(self) -> str:
-        per_epoch = self.seconds * self.loader.steps_per_epoch / self.steps_done if self.steps_done else self.seconds
-        left = (self.run.args.epochs - self.epoch) * (per_epoch + self.scoring_seconds)
-        return tqdm.format_interval(left - self.seconds if self.steps_done else left)
-
-    def _epoch_line(self, row: dict[str, float]) -> str:
-        """At most 80 columns. Images/s stand in metrics.csv and, on a terminal, in the bar."""
-        where, epochs = self.chosen_on, self.run.args.epochs
-        flips = f"  flips {row['flipped']:.1f}%" if "flipped" in row else ""
-        return (
-            f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['train_loss']:.3f}  "
-            f"train {row['train_accuracy']:.1f}%  {where} {row[f'{where}_accuracy']:.2f}%{flips}  "
-            f"{self._time_left()} left"
-        )
-
-
-def _means(totals: Tensor) -> tuple[float, float, float]:
-    loss, correct, count = totals.tolist()
-    return loss / max(count, 1), 100 * correct / max(count, 1), count
-
 
 def fit(
     run: Run,
     model: nn.Module,
     optimizers: list[Optimizer],
-    loader: Loader,
-    data: EvaluationData,
+    loader: TrainLoader,
+    data: Data,
     step: Step,
     *,
     scoring: Callable[[], AbstractContextManager] = nullcontext,
     logit_scale: float = 1.0,
-    meter: EpochMeter | None = None,
+    meter: FlipRateMeter | None = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
     """Train `model` with `step` for the run's epochs, with everything around it, and print how it ended.

@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from engine.checkpoints import BEST, FINAL, LAST
 from engine.cli import UserError, reason
 from engine.files import FolderLock, archive, remove_leftovers
 from engine.training import distributed
-from engine.training.tracking import CURVES, METRICS
+from engine.training.curves import CURVES
+from engine.training.tracking import METRICS
 from models import ARCHITECTURES, weight_layers
 
 RUN_FILES = (BEST, FINAL, LAST, METRICS, CURVES)
@@ -39,56 +40,28 @@ def add_training_options(parser: cli.ArgumentParser, *, lr: float, weight_decay:
     model.add_argument("--epochs", type=cli.integer(1), default=150, help="passes over the training set")
     model.add_argument("--lr", type=cli.number(0), default=lr, help="peak learning rate")
     model.add_argument("--weight-decay", type=cli.number(0), default=weight_decay, help="L2 penalty")
-    model.add_argument(
-        "--label-smoothing",
-        type=cli.number(0, maximum=1),
-        default=0.1,
-        help="share of a target given to all classes alike",
-    )
-    model.add_argument(
-        "--warmup-epochs",
-        type=cli.number(0),
-        default=5.0,
-        help="epochs of linear warm-up; cosine annealing after it",
-    )
+    smoothing = "share of a target given to all classes alike"
+    model.add_argument("--label-smoothing", type=cli.number(0, maximum=1), default=0.1, help=smoothing)
+    warmup = "epochs of linear warm-up; cosine annealing after it"
+    model.add_argument("--warmup-epochs", type=cli.number(0), default=5.0, help=warmup)
     model.add_argument("--seed", type=cli.integer(0), default=0, help="seed of initialization, order, augmentation")
     cli.add_data_options(parser, batch_size=128)
     data = parser.add_argument_group("data for trials")
-    data.add_argument(
-        "--val-size",
-        type=cli.integer(0, maximum=49_990),  # of 50,000; one of each class must be left
-        default=0,
-        metavar="N",
-        help="hold out N training images and choose the best epoch on them",
-    )
+    held_out = "hold out N training images and choose the best epoch on them"
+    most = 49_990  # of 50,000; one of each class must be left
+    data.add_argument("--val-size", type=cli.integer(0, maximum=most), default=0, metavar="N", help=held_out)
     data.add_argument("--limit-train", type=cli.integer(2), metavar="N", help="train on N images only")
     run = parser.add_argument_group("run")
     cli.add_output_option(run)
-    run.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="CKPT",
-        help=f"go on from CKPT (default: {LAST} in the output folder); options not given are those of the run, but "
-        "for folders, device, threads and wandb",
-    )
-    run.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="torch.compile the network (default: on CUDA devices where it works)",
-    )
-    run.add_argument(
-        "--precision",
-        choices=("auto", *runtime.PRECISIONS),
-        default="auto",
-        help="format of convolutions in training; auto: bfloat16 where the hardware has units for it",
-    )
-    run.add_argument(
-        "--wandb",
-        choices=("auto", "online", "offline", "disabled"),
-        default="auto",
-        help="Weights & Biases; auto: online where an API key is configured, else offline",
-    )
+    resume = f"go on from CKPT (default: {LAST} in the output folder); options not given are those of the run, but "
+    resume += "for folders, device, threads and wandb"
+    run.add_argument("--resume", nargs="?", const="", metavar="CKPT", help=resume)
+    compiling = "torch.compile the network (default: on CUDA devices where it works)"
+    run.add_argument("--compile", action=argparse.BooleanOptionalAction, help=compiling)
+    precision = "format of convolutions in training; auto: bfloat16 where the hardware has units for it"
+    run.add_argument("--precision", choices=("auto", *runtime.PRECISIONS), default="auto", help=precision)
+    wandb = "Weights & Biases; auto: online where an API key is configured, else offline"
+    run.add_argument("--wandb", choices=("auto", "online", "offline", "disabled"), default="auto", help=wandb)
 
 
 @dataclass
@@ -115,16 +88,15 @@ class Run:
         folder = cli.prepare_output_dir(args.output_dir)
         lock = FolderLock(folder) if distributed.is_writer() else None
         if lock:
-            remove_leftovers(folder, (*RUN_FILES, cli.PROBE), sole_writer=True)
+            remove_leftovers(folder, RUN_FILES, sole_writer=True)
         resumed = None
         if args.resume is not None:
             resumed = _load_resumable(Path(args.resume) if args.resume else folder / LAST, kind)
             args = _adopt_options(parser, resumed)
         device = distributed.own_device(cli.select_device(args.device, args.threads))
-        if args.batch_size % distributed.world_size():
-            raise UserError(
-                f"--batch-size {args.batch_size} cannot be shared by {distributed.world_size()} processes"
-            )
+        processes = distributed.world_size()
+        if args.batch_size % processes:
+            raise UserError(f"--batch-size {args.batch_size} cannot be shared by {processes} processes")
         args.precision = runtime.choose_precision(args.precision, device)
         args.compile, notice = runtime.choose_compile(args.compile, device, required=must_compile)
         distributed.agree(f"{plain_options(args)}", "their options, precision or mode")
@@ -136,10 +108,8 @@ class Run:
 
     def resumes_its_own_folder(self) -> bool:
         """Whether the checkpoint that is resumed is this folder's own: the files beside it are then of this run."""
-        if self.resumed is None:
-            return False
-        path, own = self.resumed.path, self.folder / LAST  # the file may be a link: what lies beside it matters
-        return (os.path.realpath(path.parent), path.name) == (os.path.realpath(own.parent), own.name)
+        path = self.resumed.path if self.resumed else None
+        return path is not None and path.name == LAST and path.parent.samefile(self.folder)
 
     def resume_command(self) -> str:
         """What to type to go on with this run: with those options of now that its checkpoint does not hold."""
@@ -183,17 +153,16 @@ class Run:
 
     def describe(self, model: nn.Module, train_images: int, scored_on: str) -> None:
         """Print the head of the run: the network, the data, the machine."""
-        args = self.args
+        args, processes = self.args, distributed.world_size()
         total = sum(p.numel() for p in model.parameters())
         weights = sum(layer.weight.numel() for _, layer in weight_layers(model))
         binary = f", {weights:,} of them binary" if self.kind == "latent" else ""
-        several = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
+        several = f", {processes} processes" if processes > 1 else ""
+        schedule = f"{args.epochs} epochs of batches of {args.batch_size}, seed {args.seed}"
         mode = "compiled" if args.compile else "eager"
         self.print_once(f"{args.arch}: {total:,} parameters{binary}")
         self.print_once(f"data: {train_images:,} training images, scored on {scored_on}")
-        self.print_once(
-            f"run: {args.epochs} epochs of batches of {args.batch_size}, seed {args.seed}, into {self.folder}/"
-        )
+        self.print_once(f"run: {schedule}, into {self.folder}/")
         self.print_once(f"machine: {runtime.describe(self.device)}{several}, {args.precision}, {mode}")
         if runtime.may_be_emulated(args.precision, self.device):
             self.print_once("Note: neither AMX nor AVX-512 BF16 found: bfloat16 may be emulated, many times slower.")
@@ -230,25 +199,32 @@ def _load_resumable(path: Path, kind: str) -> checkpoints.Checkpoint:
 
 
 def _adopt_options(parser: cli.ArgumentParser, resumed: checkpoints.Checkpoint) -> argparse.Namespace:
-    """The command line once more, with the options of the run that is resumed as defaults.
+    """The command line once more, after the options of the run that is resumed, as if they had been typed.
 
     Raises UserError for an option given now that contradicts the run.
     """
-    recorded = resumed.config
+    recorded, words = resumed.config, []
+    for name, value in recorded.items():
+        option = f"--{name}".replace("_", "-")
+        if value is True:
+            words.append(option)
+        elif value is not None and value is not False:
+            words.append(f"{option}={value}")
     try:
         if recorded.keys() != plain_options(parser.parse_args()).keys():
             raise UserError("other options")
-        parser.adopt_defaults(recorded)
-        args = parser.parse_args()
+        args = parser.parse_args(words + sys.argv[1:])
     except UserError as error:  # of the file: the command line was parsed without one before
         raise UserError(f"{resumed.path}: its options are not those of this script: {reason(error)}") from error
+    if args.compile is None:
+        args.compile = recorded["compile"]
     for name, value in plain_options(args).items():
         if name == "teacher" and value and recorded[name]:
             continue  # the file may have another name now: its content is compared when it is loaded
         if value != recorded[name]:
+            given, before = _in_words(name, value), _in_words(name, recorded[name])
             raise UserError(
-                f"{_in_words(name, value)} contradicts {resumed.path}, which was run with "
-                f"{_in_words(name, recorded[name])}; leave it out, or start a new run"
+                f"{given} contradicts {resumed.path}, which was run with {before}; leave it out, or start a new run"
             )
     return args
 
@@ -272,9 +248,6 @@ def plain_options(args: argparse.Namespace) -> dict[str, Any]:
 @contextmanager
 def closing_run(run: Run) -> Iterator[Run]:
     """Release the folder at the end of a run, however it ends, and leave the other processes."""
-    try:
+    with run.lock or nullcontext():
         yield run
         distributed.stop()  # after a failure the end of the process does that
-    finally:
-        if run.lock:
-            run.lock.release()

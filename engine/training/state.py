@@ -44,8 +44,8 @@ def check_form(saved: Any, fresh: Any, where: str, *, equal: bool = False) -> No
         for one, other in zip(saved, fresh, strict=True):
             check_form(one, other, where, equal=equal)
     elif isinstance(fresh, Tensor):
-        _require(isinstance(saved, Tensor), f"{where} holds no tensor")
-        _require((saved.shape, saved.dtype) == (fresh.shape, fresh.dtype), f"{where} has another shape or type")
+        same = isinstance(saved, Tensor) and (saved.shape, saved.dtype) == (fresh.shape, fresh.dtype)
+        _require(same, f"{where} has no tensor, or one of another shape or type")
         _require(bool(saved.isfinite().all()), f"{where} is not finite")
     elif isinstance(fresh, int | float) and not isinstance(fresh, bool):
         _require(type(saved) in (int, float) and math.isfinite(saved), f"{where} has no number where one is needed")
@@ -84,11 +84,9 @@ def in_own_memory(saved: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def own(value: Any, parameter: Tensor) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if value.shape == parameter.shape:
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
             return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        return value.clone()
+        return value.clone() if isinstance(value, Tensor) else value
 
     state = {
         index: {key: own(value, parameters[index]) for key, value in moments.items()}

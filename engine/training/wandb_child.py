@@ -1,4 +1,4 @@
-"""The process that talks to Weights & Biases, which may wait for a network: started by `tracking.WandbRun`.
+"""The process that talks to Weights & Biases: started by wandb_run.py, which describes it.
 
 stdin: a file to which the training appends lines of JSON: the arguments of wandb.init, then a message for each epoch.
 """
