@@ -194,12 +194,12 @@ class Ours(Variant):
         return timing
 
     def _take(
-        self, run: Run, model: nn.Module, optimizers: list, loader: Any, _: Any, step: Any, **more: Any
+        self, run: Run, model: nn.Module, optimizers: list, loader: Any, data: Any, step: Any, **more: Any
     ) -> None:
         """In place of `fit`."""
         self.batches = self._full_batches(loader, run.args.batch_size)
         self.steps_per_epoch, self.labels = 1000, loader.labels  # what the trainer asks of a loader
-        self.trainer = Trainer(run, model, optimizers, self, step, None, "test", more.get("meter"), {})
+        self.trainer = Trainer(run, model, optimizers, self, data, step, meter=more.get("meter"))
         for optimizer in optimizers:
             optimizer.zero_grad = self.timed("optimizer", optimizer.zero_grad)
             optimizer.step = self.timed("optimizer", optimizer.step)

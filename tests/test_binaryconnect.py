@@ -102,30 +102,19 @@ def test_only_minus_one_and_plus_one_are_binary(value):
     assert not is_binary(torch.tensor([1.0, -1.0, value]))
 
 
-@pytest.mark.parametrize("value", [-0.9, -0.5, -0.1, -0.0, 0.3, 0.8])
+@pytest.mark.parametrize("value", [-math.inf, -1.0, -0.9, -0.5, -0.0, 0.3, 0.8, 1.0, 1.5])
 def test_stochastic_signs_follow_the_hard_sigmoid(value):
+    """Certain from -1 and +1 on; drawn anew each time, and the same again from the same seed."""
     torch.manual_seed(0)
-    count, probability = 40_000, (value + 1) / 2
-    drawn = stochastic_sign(torch.full((count,), value))
+    count, probability = 40_000, min(max((value + 1) / 2, 0), 1)
+    w = torch.full((count,), value)
+    drawn, again = stochastic_sign(w), stochastic_sign(w)
     assert is_binary(drawn)
+    assert torch.equal(drawn, again) == (probability in (0, 1))
     deviation = math.sqrt(count * probability * (1 - probability))
-    assert abs(int((drawn > 0).sum()) - count * probability) < 4.5 * deviation
-
-
-def test_stochastic_signs_are_certain_from_one_on():
+    assert abs(int((drawn > 0).sum()) - count * probability) <= 4.5 * deviation
     torch.manual_seed(0)
-    for bound in (1.0, 1.5, math.inf):
-        assert (stochastic_sign(torch.full((100_000,), bound)) == 1).all()
-        assert (stochastic_sign(torch.full((100_000,), -bound)) == -1).all()
-
-
-def test_stochastic_signs_are_drawn_anew_from_the_seed():
-    w = torch.zeros(1000)
-    torch.manual_seed(1)
-    first, second = stochastic_sign(w), stochastic_sign(w)
-    torch.manual_seed(1)
-    assert torch.equal(stochastic_sign(w), first)
-    assert not torch.equal(first, second)
+    assert torch.equal(stochastic_sign(w), drawn)
 
 
 def test_a_quantizer_of_ones_own_trains_and_is_scored_with_itself():
@@ -176,11 +165,10 @@ def test_after_a_step_and_clip_the_latent_weights_are_within_one(numbers, optimi
 
 
 @pytest.mark.parametrize("quantizer", [*SIGN_QUANTIZERS.values(), ternary])
-@pytest.mark.parametrize("layer", [0, 2, 5])
-def test_nan_is_an_error_and_the_model_untouched(layer, quantizer):
+def test_nan_is_an_error_and_the_model_untouched(quantizer):
     model = fill(small_model(), [0.25, -0.5])
     bc = BC(model, quantizer=quantizer)
-    name = next(n for n in bc.target_names if n.startswith(str(layer)))
+    name = bc.target_names[1]
     with torch.no_grad():
         model.get_parameter(name).view(-1)[1] = math.nan
     before = bits(list(model.state_dict().values()))
@@ -209,11 +197,6 @@ def test_a_quantizer_that_fails_leaves_the_latent_weights():
     assert bits(bc.targets()) == before
 
 
-def test_a_model_with_nothing_to_binarize_is_refused():
-    with pytest.raises(ValueError, match="Conv2d or Linear"):
-        BC(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
-
-
 def test_another_network_in_the_place_of_the_first_is_binarized():
     bc, other = BC(small_model()), fill(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(4, 3)), SPECIAL)
     bc.binarization()
@@ -229,18 +212,12 @@ def test_another_network_in_the_place_of_the_first_is_binarized():
     other[2] = nn.Linear(4, 7)  # another classifier inside
     with bc.binarized():
         assert is_binary(other[2].weight)
-    with pytest.raises(ValueError, match="Conv2d or Linear"):
-        bc.model = nn.ReLU()
+        with pytest.raises(RuntimeError, match="restore"):
+            bc.model = small_model()
+    for nothing in (lambda: setattr(bc, "model", nn.ReLU()), lambda: BC(nn.BatchNorm2d(3))):
+        with pytest.raises(ValueError, match="Conv2d or Linear"):
+            nothing()
     assert bc.model is other
-
-
-def test_the_network_is_not_replaced_while_it_is_binarized():
-    bc = BC(fill(small_model(), SPECIAL))
-    model, before = bc.model, bits(bc.targets())
-    with bc.binarized(), pytest.raises(RuntimeError, match="restore"):
-        bc.model = small_model()
-    assert bc.model is model
-    assert bits(bc.targets()) == before
 
 
 @pytest.mark.parametrize("convert", ["half", "double", "bfloat16"])
@@ -248,18 +225,12 @@ def test_the_network_is_not_replaced_while_it_is_binarized():
 def test_latent_weights_follow_a_change_of_dtype(convert, whole):
     bc = BC(fill(small_model(), SPECIAL[:14]))
     converted = [getattr(w.detach().clone(), convert)() for w in bc.targets()]
-    with bc.binarized():
-        getattr(bc if whole else bc.model, convert)()
-        assert all(is_binary(w) for w in bc.targets())
-        assert bits(bc.latent_weights()) == bits(converted)
-    assert bits(bc.targets()) == bits(converted)
-    if convert == "double":
-        with torch.no_grad():
-            converted[0].add_(1e-12)  # float32 could not hold it
-            bc.targets()[0].add_(1e-12)
-    with bc.binarized():
-        assert bits(bc.latent_weights()) == bits(converted)
-    assert bits(bc.targets()) == bits(converted)
+    for _ in range(2):  # converted while binary, then binarized again
+        with bc.binarized():
+            getattr(bc if whole else bc.model, convert)()
+            assert all(is_binary(w) for w in bc.targets())
+            assert bits(bc.latent_weights()) == bits(converted)
+        assert bits(bc.targets()) == bits(converted)
 
 
 def test_a_step_takes_few_operations_and_all_where_the_weights_are():
@@ -283,24 +254,18 @@ def test_a_step_takes_few_operations_and_all_where_the_weights_are():
     assert {t.device.type for t in [*bc.targets(), *bc.latent_weights()]} == {"meta"}
 
 
-def test_weights_that_replace_the_old_ones_are_found():
+def test_weights_that_are_replaced_or_shared_are_binarized_and_restored():
     """load_state_dict(assign=True) and the like put new parameters in place of those the wrapper was made with."""
     bc, other = BC(small_model()), fill(small_model(), SPECIAL)
     bc.model.load_state_dict(copy.deepcopy(other.state_dict()), assign=True)
-    before = bits(bc.targets())
-    with bc.binarized():
-        assert all(is_binary(w) for w in weights_of(bc.model))
-    assert bits(bc.targets()) == before == bits(weights_of(other))
-
-
-def test_layers_that_share_a_weight_are_restored():
-    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
-    model[2].weight = model[0].weight
-    bc = BC(fill(model, SPECIAL))
-    before = bits(bc.targets())
-    with bc.binarized():
-        assert is_binary(model[0].weight)
-    assert bits(bc.targets()) == before
+    sharing = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    sharing[2].weight = sharing[0].weight
+    for wrapper in (bc, BC(fill(sharing, SPECIAL))):
+        before = bits(wrapper.targets())
+        with wrapper.binarized():
+            assert all(is_binary(w) for w in weights_of(wrapper.model))
+        assert bits(wrapper.targets()) == before
+    assert bits(bc.targets()) == bits(weights_of(other))
 
 
 class Wrapper(nn.Module):
@@ -332,19 +297,6 @@ def test_wrappers_see_binary_weights_inside_and_latent_ones_outside(wrap, inside
         with bc.binarized():
             torch.testing.assert_close(network(x), reference(x))
     assert not torch.allclose(latent, reference(x))
-
-
-def test_gradients_are_those_at_the_binary_weights():
-    torch.manual_seed(0)
-    bc = BC(small_model())
-    reference, x = copy.deepcopy(bc.model), torch.randn(4, 2, 3, 3)
-    binarize_model(reference)
-    reference(x).square().sum().backward()
-    bc.binarization()
-    bc(x).square().sum().backward()
-    bc.restore()
-    for ours, theirs in zip(bc.model.parameters(), reference.parameters(), strict=True):
-        assert torch.equal(ours.grad, theirs.grad)
 
 
 # -- any order of calls ----------------------------------------------------------------------------------------
@@ -410,10 +362,6 @@ class AnyOrder(RuleBasedStateMachine):
                 tensor.fill_(7)
 
     @rule()
-    def move(self) -> None:
-        self.bc.to("cpu", memory_format=torch.channels_last)
-
-    @rule()
     def read_the_state(self) -> None:
         state = self.bc.state_dict()  # never holds the saved copies
         assert list(state) == [f"model.{name}" for name in self.bc.model.state_dict()]
@@ -455,8 +403,7 @@ TestAnyOrder.settings = settings(
 
 
 def resnet_with_zeros() -> nn.Module:
-    model = build("resnet20").eval()
-    return fill(model, [0.0, -0.0, 0.5, -0.5, 1e-45, -1e-45, 1.0])
+    return fill(build("resnet20").eval(), [0.0, -0.0, 0.5, -0.5, 1e-45, -1e-45, 1.0])
 
 
 def in_training(model: nn.Module) -> list[Tensor]:
@@ -475,23 +422,19 @@ def in_the_flip_rate(model: nn.Module) -> list[Tensor]:
     return list(BC(model).quantized_weights())
 
 
-def in_binarized_files(model: nn.Module) -> list[Tensor]:
-    binarize_model(model)
-    return weights_of(model)
-
-
 def in_packed_files(model: nn.Module) -> list[Tensor]:
     binarize_model(model)
+    assert all(is_binary(w) for w in weights_of(model))
     return weights_of(unpack_model(pack_model(model, "resnet20"), fold=False))
 
 
-def the_other_way_round(weights: list[Tensor]) -> list[Tensor]:
-    return [torch.where(w < 0, 1.0, -1.0) for w in weights]
-
-
-@pytest.mark.parametrize("user", [in_training, in_scoring, in_the_flip_rate, in_binarized_files, in_packed_files])
+@pytest.mark.parametrize("user", [in_training, in_scoring, in_the_flip_rate, in_packed_files])
 def test_there_is_one_place_that_decides_the_sign(user, monkeypatch):
     """Zeros have the same sign everywhere; reversed in that one place, the signs are reversed everywhere."""
+
+    def the_other_way_round(weights: list[Tensor]) -> list[Tensor]:
+        return [torch.where(w < 0, 1.0, -1.0) for w in weights]
+
     expected = [by_hand(w) for w in weights_of(resnet_with_zeros())]
     assert [w.reshape(-1).tolist() for w in user(resnet_with_zeros())] == expected
     monkeypatch.setattr(signs, "__code__", the_other_way_round.__code__)
@@ -501,25 +444,10 @@ def test_there_is_one_place_that_decides_the_sign(user, monkeypatch):
 # -- numerics --------------------------------------------------------------------------------------------------
 
 
-def make_step(
-    bc: BC,
-    optimizer: str,
-    *,
-    latent_lr: float,
-    lr: float = 0.1,
-    weight_decay: float = 0.0,
-    logit_scale: float = 1.0,
-    label_smoothing: float = 0.0,
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def make_step(bc: BC, optimizer: str, *, label_smoothing: float = 0.0, **options: float) -> Callable:
     """The very step of main_binary.py, in full precision on the CPU."""
-    args = argparse.Namespace(
-        optimizer=optimizer,
-        latent_lr=latent_lr,
-        lr=lr,
-        weight_decay=weight_decay,
-        logit_scale=logit_scale,
-        precision="float32",
-    )
+    defaults = {"lr": 0.1, "weight_decay": 0.0, "logit_scale": 1.0, "precision": "float32"}
+    args = argparse.Namespace(optimizer=optimizer, **(defaults | options))
     run = Run(args, torch.device("cpu"), Path("."), "latent", None, None)
 
     def criterion(logits: Tensor, _images: Tensor, labels: Tensor) -> Tensor:
@@ -622,13 +550,7 @@ NUMERICS = {"muon": (0.03, 3e-5), "adam": (0.05, 5e-6), "sgd": (2.0, 5e-6)}
 @pytest.mark.parametrize("optimizer", NUMERICS)
 def test_twenty_steps_are_those_of_the_paper_in_float64(optimizer):
     latent_lr, tolerance = NUMERICS[optimizer]
-    options = {
-        "latent_lr": latent_lr,
-        "lr": 0.1,
-        "weight_decay": 1e-2,
-        "logit_scale": 0.5,
-        "label_smoothing": 0.1,
-    }
+    options = {"latent_lr": latent_lr, "lr": 0.1, "weight_decay": 1e-2, "logit_scale": 0.5, "label_smoothing": 0.1}
     random = np.random.default_rng(9)
     torch.manual_seed(9)
     model = nn.Sequential(
@@ -662,7 +584,6 @@ def test_twenty_steps_are_those_of_the_paper_in_float64(optimizer):
         assert smallest > 1e-6, "choose another seed: Adam divides by the gradient's size and would enlarge rounding"
     assert flips > 10, "too few signs changed for the test to mean much"
     assert clipped > 10
-    for ours, theirs in zip(bc.targets(), reference.latent.values(), strict=True):
-        np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=0, atol=tolerance)
-    for ours, theirs in zip((model[1].weight, model[1].bias, model[5].bias), reference.others.values(), strict=True):
-        np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=0, atol=tolerance)
+    ours = [*bc.targets(), model[1].weight, model[1].bias, model[5].bias]
+    for one, other in zip(ours, [*reference.latent.values(), *reference.others.values()], strict=True):
+        np.testing.assert_allclose(one.detach().numpy(), other, rtol=0, atol=tolerance)

@@ -130,56 +130,38 @@ def test_pixels_and_labels_are_where_the_format_says(folder):
     assert test.images[0, 5, 9, 1] == 200
 
 
-def test_data_with_its_own_checksums_is_not_called_cifar_10(small_data, capsys):
-    assert not cifar10.load(small_data).official
-    [line] = capsys.readouterr().out.splitlines()
-    assert str(small_data / BINARY) in line
-    assert "this is not CIFAR-10" in line
-
-
 def test_published_checksums_are_those_of_torchvision():
     assert dict(CIFAR10.train_list + CIFAR10.test_list) == PYTHON_MD5
 
 
-def test_only_the_test_file_is_needed_without_training(folder):
+def test_only_the_test_file_is_needed_without_training(folder, capsys):
     for path in folder.glob("data_batch*"):
         path.unlink()
     data = cifar10.load(folder, train=False)
-    assert data.train is None
-    assert len(data.test) == 20
+    assert (data.train, len(data.test), data.official) == (None, 20, False)
+    [line] = capsys.readouterr().out.splitlines()
+    assert str(folder) in line
+    assert "this is not CIFAR-10" in line
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "unlisted"])
-def test_own_checksums_are_enforced(folder, damage, no_sources):
-    path, sums = folder / "data_batch_3.bin", folder / "SHA256SUMS"
-    content = path.read_bytes()
-    if damage == "flip":
-        path.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
-    elif damage == "truncate":
-        path.write_bytes(content[:3073])
-    elif damage == "remove":
-        path.unlink()
+CONTENTS = {  # of a file in a folder with its own SHA256SUMS
+    "test_batch.bin": (b"\x0a" + bytes(3072), bytes(3000), b""),  # \x0a: label 10
+    "SHA256SUMS": (b"no checksums\n", b"\xff\xfe", b"abc  test_batch.bin\n"),
+    "data_batch_3.bin": (bytes(3073), None),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, content) for name in CONTENTS for content in CONTENTS[name]])
+def test_bad_content_is_refused(folder, name, content, no_sources):
+    if content is None:
+        (folder / name).unlink()
     else:
-        lines = sums.read_text().splitlines(keepends=True)
-        sums.write_text("".join(line for line in lines if path.name not in line))
-    with pytest.raises(UserError, match=r"data_batch_3\.bin"):
+        (folder / name).write_bytes(content)
+    if name == "test_batch.bin":
+        data_files.write_sums(folder)
+    with pytest.raises(UserError, match=name.split("_b")[0]):
         cifar10.load(folder.parent)
     assert no_sources == []  # nobody offers data of one's own for download
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        *(("test_batch.bin", content) for content in (b"\x0a" + bytes(3072), bytes(3000), b"")),  # \x0a: label 10
-        *(("SHA256SUMS", content) for content in (b"no checksums\n", b"\xff\xfe", b"abc  test_batch.bin\n")),
-    ],
-)
-def test_bad_content_is_refused(folder, name, content):
-    (folder / name).write_bytes(content)
-    if name != "SHA256SUMS":
-        data_files.write_sums(folder)
-    with pytest.raises(UserError, match=name.split("_")[0]):
-        cifar10.load(folder.parent, train=False)
 
 
 class Touch:
@@ -215,22 +197,16 @@ def mirror(monkeypatch: pytest.MonkeyPatch, *sources: dict[str, bytes]) -> None:
     monkeypatch.setattr(fetch, "SOURCES", named)
 
 
-@pytest.mark.parametrize("damage", ["foreign", "truncated", "missing"])
-def test_damaged_files_are_fetched_again(tmp_path, miniature, monkeypatch, capsys, damage):
-    write(tmp_path / BINARY, miniature)
-    path = tmp_path / BINARY / "data_batch_2.bin"
-    if damage == "foreign":
-        path.write_bytes(path.read_bytes()[::-1])
-    elif damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-3073])
-    else:
-        path.unlink()
+@pytest.mark.parametrize("content", [bytes(30730), b"", None], ids=["foreign", "truncated", "missing"])
+def test_damaged_files_are_fetched_again(tmp_path, miniature, monkeypatch, capsys, content):
+    damaged = dict(miniature)
+    damaged.pop("data_batch_2.bin")
+    write(tmp_path / BINARY, damaged if content is None else miniature | {"data_batch_2.bin": content})
     mirror(monkeypatch, miniature)
     assert cifar10.load(tmp_path).official
     assert contents(tmp_path / BINARY) == miniature
-    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Note:")]
-    assert len(notes) == 1
-    assert "data_batch_2.bin" in notes[0]
+    [note] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Note:")]
+    assert "data_batch_2.bin" in note
 
 
 def test_a_good_copy_is_used_instead_of_a_damaged_one(tmp_path, miniature, no_sources, capsys):
@@ -485,12 +461,9 @@ def test_limits(data, small_data):
     assert not beyond.limited_test
     assert same(beyond.train, data.train)
     assert same(beyond.test, data.test)
-
-
-@pytest.mark.parametrize("val_size", [250, 249, -1])
-def test_impossible_sizes_are_refused(small_data, val_size):
-    with pytest.raises(UserError, match="--val-size"):
-        cifar10.load(small_data, val_size=val_size)
+    for val_size in (250, 249, -1):
+        with pytest.raises(UserError, match="--val-size"):
+            cifar10.load(small_data, val_size=val_size)
 
 
 # --- Augmentation and loaders
@@ -560,7 +533,7 @@ def test_the_plan_uses_every_crop_and_mirrors_half():
     assert 0.45 < flips.float().mean() < 0.55
 
 
-@pytest.mark.parametrize(("world_size", "dropped"), [(1, 0), (2, 0), (4, 2), (8, 2), (64, 58)])
+@pytest.mark.parametrize(("world_size", "dropped"), [(1, 0), (2, 0), (4, 2), (64, 58)])
 def test_shards_have_one_size_and_are_together_the_batch(data, world_size, dropped):
     whole = list(TrainLoader(data.train, 64, seed=5).epoch(1))
     loaders = [TrainLoader(data.train, 64, seed=5, rank=r, world_size=world_size) for r in range(world_size)]
@@ -569,28 +542,20 @@ def test_shards_have_one_size_and_are_together_the_batch(data, world_size, dropp
     assert sum(len(labels) for parts in shards for _, labels in parts) == 250 - dropped
     for (images, labels), parts in zip(whole, shards, strict=False):
         [size] = {len(part) for _, part in parts}
-        assert size > 0
-        together = torch.cat([part for part, _ in parts])
-        assert torch.equal(images[: len(together)], together)
-        assert torch.equal(labels[: len(together)], torch.cat([part for _, part in parts]))
-
-
-def test_shards_that_do_not_work_out_are_refused():
+        assert torch.equal(images[: size * world_size], torch.cat([part for part, _ in parts]))
+        assert torch.equal(labels[: size * world_size], torch.cat([part for _, part in parts]))
     with pytest.raises(ValueError):
-        TrainLoader(numbered(200), 64, seed=0, world_size=3)
+        TrainLoader(data.train, 64, seed=0, world_size=3)
     with pytest.raises(UserError, match="--limit-train"):
         TrainLoader(numbered(3), 64, seed=0, world_size=4)
 
 
-def test_the_training_scripts_load_with_their_options(small_data, data):
+def test_the_training_scripts_load_with_their_options(small_data):
     options = {"val_size": 50, "limit_train": 30, "limit_test": 20, "batch_size": 8, "seed": 4}
     args = argparse.Namespace(data_dir=small_data, **options)
     loaded, loader = cifar10.load_for_training(args, torch.device("cpu"), rank=1, world_size=2)
     assert [len(split) for split in (loaded.train, loaded.val, loaded.test)] == [30, 50, 20]
-    expected = TrainLoader(loaded.train, 8, seed=4, rank=1, world_size=2)
-    for (images, labels), (other, other_labels) in zip(loader.epoch(0), expected.epoch(0), strict=True):
-        assert torch.equal(images, other)
-        assert torch.equal(labels, other_labels)
+    assert (loader.batch_size, loader.seed, loader.rank, loader.world_size) == (8, 4, 1, 2)
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (30, 1), (1000, 1), (16, 3)])
@@ -613,12 +578,13 @@ def test_the_script_reports_and_saves_its_picture(small_data, tmp_path, run_scri
     assert done.stderr == ""
     rows = [line.split() for line in done.stdout.splitlines()]
     assert ["frog", "25", "10"] in rows
+    assert ["all", "250", "100"] in rows
     means, stds = cifar10.channel_statistics(cifar10.load(small_data).train.images)
     assert ["red", f"{means[0]:.4f}", "0.4914", f"{stds[0]:.4f}", "0.2470"] in rows
     assert [path.name for path in (tmp_path / "out/new").iterdir()] == ["augmented_batch.png"]
     with Image.open(tmp_path / "out/new/augmented_batch.png") as picture:
         assert picture.width > 1000
-        assert np.asarray(picture.convert("RGB")).std() > 20
+        assert np.asarray(picture).std() > 20
 
 
 def test_without_a_network_the_script_says_what_to_do(tmp_path, run_script):

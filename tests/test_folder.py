@@ -175,7 +175,7 @@ def test_leftovers_go_at_the_next_start(
     scripts: ScriptServer, small_data: Path, tmp_path: Path, float_run: Path
 ) -> None:
     shutil.copytree(float_run, tmp_path, dirs_exist_ok=True)
-    for name in (f"{LAST}.tmp-0123", f"{BEST}.tmp-4", "metrics.csv.tmp-5", ".write-probe.tmp-77"):
+    for name in (f"{LAST}.tmp-0123", f"{BEST}.tmp-4", "metrics.csv.tmp-5"):
         (tmp_path / name).write_bytes(b"half")
     scripts.run("main.py", *resume_options(small_data), cwd=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {*RUN_FILES, ".run.lock"}
@@ -191,25 +191,3 @@ def test_a_set_is_archived_under_one_name(tmp_path: Path) -> None:
     found = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
     kept = {f"previous-{number}/{name}": f"{name} {number}" for number in (1, 2) for name in names}
     assert found == kept | {"other": "other 2"}
-
-
-def test_links_are_moved_aside_as_files_are(tmp_path: Path) -> None:
-    (tmp_path / "store").mkdir()
-    (tmp_path / "store" / "a.pth").write_bytes(b"1")
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / BEST).symlink_to("../store/a.pth")
-    (folder / FINAL).symlink_to("nowhere")
-    (folder / "previous-1").symlink_to("gone")
-    assert files.archive(folder, [BEST, FINAL]) == folder / "previous-2"
-    assert (folder / "previous-2" / BEST).read_bytes() == b"1"
-    assert sorted(path.name for path in folder.iterdir()) == ["previous-1", "previous-2"]
-
-
-def test_the_lock_does_not_write_through_a_link(tmp_path: Path) -> None:
-    precious = tmp_path / "precious.txt"
-    precious.write_text("precious")
-    (tmp_path / files.FolderLock.NAME).symlink_to(precious)
-    with pytest.raises(UserError, match=r"\.run\.lock: cannot be opened"):
-        files.FolderLock(tmp_path)
-    assert precious.read_text() == "precious"

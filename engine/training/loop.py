@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,17 +45,19 @@ class Trainer:
     """Runs the epochs of one run and keeps its files. Use through `fit`."""
 
     run: Run
-    model: nn.Module
+    model: nn.Module  # the bare network, whose state_dict is saved; its weights are what the optimizers change
     optimizers: list[Optimizer]
     loader: TrainLoader
-    step: Step
-    score: Callable[[str], Scores]  # of the split of that name
-    chosen_on: str  # the split that chooses the best epoch
-    meter: FlipRateMeter | None
-    extra: dict[str, Any]  # further entries of the checkpoints
+    data: Data  # the best epoch is chosen on its split "val", or on "test" where there is none
+    step: Step  # everything that one step of training does, schedule apart
+    scoring: Callable[[], AbstractContextManager] = nullcontext  # the network is scored in it: binarized, for example
+    logit_scale: float = 1.0
+    meter: FlipRateMeter | None = None  # measures a whole epoch
+    extra: dict[str, Any] = field(default_factory=dict)  # further entries of the checkpoints
 
     def __post_init__(self) -> None:
         run, steps = self.run, self.loader.steps_per_epoch
+        self.chosen_on = "val" if self.data.count("val") else "test"
         self.forms = [state_after_a_step(optimizer) for optimizer in self.optimizers]
         warmup = warmup_steps(run.args.epochs, run.args.warmup_epochs, steps)
         if not run.resumed and warmup != round(run.args.warmup_epochs * steps):
@@ -280,8 +282,13 @@ class Trainer:
         self.run.print_once(self._epoch_line(row, (self.run.args.epochs - self.epoch) * (seconds + scores.seconds)))
 
     def _score(self, split: str) -> Scores:
+        data, run = self.data, self.run
+        batches = data.batches(split, run.device, distributed.rank(), distributed.world_size())
         try:
-            return self.score(split)
+            with self.scoring():
+                return evaluate(
+                    self.model, batches, data.count(split), logit_scale=self.logit_scale, progress="scoring"
+                )
         except ValueError as error:  # the outputs are NaN though each weight is finite
             raise self.diverged() from error
 
@@ -340,29 +347,14 @@ def fit(
     loader: TrainLoader,
     data: Data,
     step: Step,
-    *,
-    scoring: Callable[[], AbstractContextManager] = nullcontext,
-    logit_scale: float = 1.0,
-    meter: FlipRateMeter | None = None,
-    extra: dict[str, Any] | None = None,
+    **more: Any,
 ) -> None:
     """Train `model` with `step` for the run's epochs, with everything around it, and print how it ended.
 
-    model: the bare network, whose state_dict is saved; its weights are what the optimizers change.
-    step: (images, labels) -> (loss, logits); does everything one step of training does, schedule apart.
-    data: the best epoch is chosen on its split "val", or on "test" where there is none.
-    scoring: the context in which the network is scored, for example with its weights binarized.
-    meter: measures a whole epoch. extra: further entries for the checkpoints.
+    The arguments are the fields of `Trainer`.
     Raises UserError where the loss is not finite; after Ctrl-C or SIGTERM Interrupted, which says what is saved.
     """
-
-    def score(split: str) -> Scores:
-        batches = data.batches(split, run.device, distributed.rank(), distributed.world_size())
-        with scoring():
-            return evaluate(model, batches, data.count(split), logit_scale=logit_scale, progress="scoring")
-
-    chosen_on = "val" if data.count("val") else "test"
-    trainer = Trainer(run, model, optimizers, loader, step, score, chosen_on, meter, extra or {})
+    trainer = Trainer(run, model, optimizers, loader, data, step, **more)
     try:
         trainer.train()
         trainer.finish()
