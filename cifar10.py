@@ -233,9 +233,6 @@ class TrainLoader:
         self.images_per_epoch = len(split) - len(split) % world_size  # of all processes
         self.steps_per_epoch = -(-self.images_per_epoch // batch_size)
 
-    def __len__(self) -> int:
-        return self.steps_per_epoch
-
     def _plan(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The plan of an epoch, in order of use: images int64 (N,), crop offsets int64 (N, 2), mirrored bool (N,)."""
         # SeedSequence mixes the two numbers, so that neighboring seeds and epochs share nothing.

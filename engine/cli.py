@@ -227,12 +227,6 @@ def _stop(signum: int, _frame: object) -> None:
     raise Interrupted(signum, "Terminated." if signum == signal.SIGTERM else "Interrupted.")
 
 
-def ignore_signals() -> None:
-    """The process is about to end with its own status: another signal would only add a traceback."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """torch says so in a RuntimeError, of a type of its own only for CUDA."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -251,8 +245,9 @@ def run(main: Callable[[], None]) -> None:
         try:
             main()
             sys.stdout.flush()
-        finally:
-            ignore_signals()
+        finally:  # the process ends with its own status: another signal would only add a traceback
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
     except Interrupted as stop:
         if stop.message:
             print(stop.message, file=sys.stderr, flush=True)

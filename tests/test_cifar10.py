@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -159,7 +160,7 @@ def test_bad_content_is_refused(folder, name, content, no_sources):
         (folder / name).write_bytes(content)
     if name == "test_batch.bin":
         data_files.write_sums(folder)
-    with pytest.raises(UserError, match=name.split("_b")[0]):
+    with pytest.raises(UserError, match="its test files" if content == b"" else re.escape(name)):
         cifar10.load(folder.parent)
     assert no_sources == []  # nobody offers data of one's own for download
 
@@ -507,7 +508,7 @@ def test_an_epoch_covers_every_image_once_with_its_label():
     loader = TrainLoader(split, 128, seed=0, augment=False)
     batches = list(loader.epoch(0))
     assert [len(labels) for _, labels in batches] == [128, 128, 44]
-    assert len(loader) == loader.steps_per_epoch == 3
+    assert loader.steps_per_epoch == 3
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert labels.tolist() != list(range(300))
     assert labels.sort().values.tolist() == list(range(300))

@@ -17,7 +17,6 @@ from script_server import ScriptServer
 
 from engine import files
 from engine.checkpoints import BEST, FINAL, LAST
-from engine.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 

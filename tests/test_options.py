@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from networks import save_checkpoint
-from runs import one_line, run_here
+from runs import one_line
 from script_server import ScriptServer
 
 import main
@@ -61,13 +61,6 @@ def test_impossible_options_are_refused_before_any_data_is_fetched(
     assert capsys.readouterr().out == ""
 
 
-def test_a_wrong_option_is_one_line_and_status_2(scripts: ScriptServer, tmp_path: Path) -> None:
-    for script in ("main.py", "main_binary.py"):
-        child = scripts.run(script, "--epochs", 0, cwd=tmp_path, expect=2)
-        assert "--epochs" in one_line(child.errors)
-        assert child.output == ""
-
-
 @pytest.mark.parametrize("module", [main, main_binary])
 def test_help_names_every_option_with_its_default(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -86,14 +79,6 @@ def test_help_names_every_option_with_its_default(module: Any, monkeypatch: pyte
 def test_importing_a_script_does_nothing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     importlib.reload(sys.modules[name])
     assert capsys.readouterr() == ("", "")
-
-
-def test_a_folder_that_does_not_exist_is_not_made_to_be_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(UserError, match="--resume"):
-        run_here(main, tmp_path / "none", monkeypatch, "--resume")
-    assert not (tmp_path / "none").exists()
 
 
 # -- precision ---------------------------------------------------------------------------------------------------
