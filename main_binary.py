@@ -32,7 +32,7 @@ from engine.training.tracking import FlipRateMeter
 from models import BC, build
 from models.quantizers import deterministic_sign, stochastic_sign
 
-LATENT_LR = {"muon": 0.01, "adam": 0.01, "sgd": 10.0}  # benchmarks/experiments.md, sections 1, 2 and 19
+LATENT_LR = {"muon": 0.01, "adam": 0.01, "sgd": 10.0}  # docs/experiments.md, sections 1, 2 and 19
 
 
 def make_parser() -> cli.ArgumentParser:

@@ -47,7 +47,7 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def cpu_has_bfloat16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 numbers in hardware: by AMX or by AVX-512 BF16 (benchmarks/speed.md)."""
+    """Whether this CPU multiplies bfloat16 numbers in hardware: by AMX or by AVX-512 BF16 (docs/speed.md)."""
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
@@ -85,7 +85,7 @@ def choose_compile(wanted: bool | None, device: torch.device, *, required: bool)
     """Whether to compile the network, and a one-line notice if the answer needs one.
 
     wanted: True or False as the user or the run that is resumed has it, or None for the default: on CUDA devices
-    where it works, not on CPUs, where it was between 3 % slower and 15 % faster (benchmarks/speed.md).
+    where it works, not on CPUs, where it was between 3 % slower and 15 % faster (docs/speed.md).
     Raises UserError where it is `required`, that is, --compile was typed, and does not work.
     """
     if wanted is False or (wanted is None and device.type != "cuda"):
