@@ -16,7 +16,7 @@ from torch import Tensor, histogram
 
 from engine.cli import as_typed, reason
 
-PATIENCE = 18.0  # seconds that the end of a training waits; its start and its steps wait for nothing
+PATIENCE, PATIENCE_AFTER_STOP = 18.0, 3.0  # seconds that the end of a training waits; start and steps never wait
 
 
 class WandbRun:
@@ -59,13 +59,13 @@ class WandbRun:
                 feed.write(json.dumps(message) + "\n")
 
     def finish(self, exit_code: int, summary: dict[str, float]) -> None:
-        """Send the training's exit status and the summary; wait at most PATIENCE until all is uploaded."""
+        """Send the training's exit status and the summary; wait until all is uploaded, after a stop only briefly."""
         self._send({"exit_code": exit_code, "summary": summary})
         if self._process is None:
             return
         try:
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(PATIENCE)
+                self._process.wait(PATIENCE if exit_code == 0 else PATIENCE_AFTER_STOP)
         finally:  # also after Ctrl-C
             self._process.kill()
             with suppress(OSError, AttributeError):  # wandb's own processes: all have ended; Windows
