@@ -11,8 +11,6 @@ Writes best_model_histograms.png, named after the checkpoint: a histogram per la
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,72 +19,38 @@ from torch import Tensor, nn
 
 from engine import checkpoints, cli, report
 from engine.binarized import SCALE_TOLERANCE, Scaled, find_scale
-from engine.checkpoints import BEST, Checkpoint
+from engine.checkpoints import BEST
 from engine.files import atomic_write
 from engine.report import fixed, share
 from models import weight_layers
 from models.bitpack import information_bytes
 
 
-@dataclass(frozen=True)
 class WeightStats:
-    """Statistics of the weights of one layer, or of all of them.
+    """Statistics of the weights of one layer, or of all of them; computed in float64.
 
-    in_range: weights in [-1, 1], both ends included. between: weights strictly between -1 and +1.
-    distance: mean of | |w| - 1 |, how far a weight is from the nearest binary value. std: of the population.
-    bytes: of the weights at the fewest bits that hold them, with their scales in float32. scale: see `find_scale`.
+    w: any shape, finite. scale: see `find_scale`.
     """
 
-    name: str
-    shape: str
-    count: int
-    min: float
-    max: float
-    mean: float
-    std: float
-    in_range: int
-    minus_one: int
-    plus_one: int
-    between: int
-    distance: float
-    bytes: int
-    scale: Scaled | None = None
-
-    @classmethod
-    def of(cls, name: str, w: Tensor, scale: Scaled | None = None) -> WeightStats:
-        """Of a tensor of finite weights, any shape; worked out in float64."""
+    def __init__(self, name: str, w: Tensor, scale: Scaled | None = None) -> None:
         w = w.detach().double()
-        magnitude = w.abs()
-        minus_one, plus_one = int((w == -1).sum()), int((w == 1).sum())
-        bits, scales = 32, 0
-        if minus_one + plus_one == w.numel():
-            bits = 1
-        elif scale:
-            bits, scales = 2 if scale.ternary else 1, scale.scales
-        return cls(
-            name=name,
-            shape="x".join(map(str, w.shape)),
-            count=w.numel(),
-            min=w.min().item(),
-            max=w.max().item(),
-            mean=w.mean().item(),
-            std=w.std(correction=0).item(),
-            in_range=int((magnitude <= 1).sum()),
-            minus_one=minus_one,
-            plus_one=plus_one,
-            between=int((magnitude < 1).sum()),
-            distance=(magnitude - 1).abs().mean().item(),
-            bytes=(w.numel() * bits + 7) // 8 + 4 * scales,
-            scale=scale,
-        )
+        self.name, self.scale = name, scale
+        self.shape, self.count = "x".join(map(str, w.shape)), w.numel()
+        self.min, self.max, self.mean = w.min().item(), w.max().item(), w.mean().item()
+        self.std = w.std(correction=0).item()  # of the population
+        self.minus_one, self.plus_one = int((w == -1).sum()), int((w == 1).sum())
+        self.saturated = self.minus_one + self.plus_one
+        self.between = int((w.abs() < 1).sum())  # strictly between -1 and +1
+        self.in_range = self.saturated + self.between
+        self.distance = (w.abs() - 1).abs().mean().item()  # mean distance of a weight to the nearest binary value
+        self.binary = self.saturated == self.count
 
     @property
-    def saturated(self) -> int:
-        return self.minus_one + self.plus_one
-
-    @property
-    def binary(self) -> bool:
-        return self.saturated == self.count
+    def bytes(self) -> int:
+        """Of the weights at the fewest bits that hold them, with their scales in float32."""
+        if self.binary or not self.scale:
+            return (self.count * (1 if self.binary else 32) + 7) // 8
+        return (self.count * (2 if self.scale.ternary else 1) + 7) // 8 + 4 * self.scale.scales
 
     @property
     def values(self) -> str:
@@ -96,54 +60,43 @@ class WeightStats:
         return f"{self.scale.values} in each {self.scale.per}" if self.scale else "real numbers"
 
 
-def collect(model: nn.Module) -> tuple[list[WeightStats], WeightStats, dict[str, Tensor]]:
-    """The statistics of each layer, of all, and the weights by the layer's name."""
-    weights = {name: layer.weight.detach() for name, layer in weight_layers(model)}
-    layers = [WeightStats.of(name, w, find_scale(w)) for name, w in weights.items()]
-    total = WeightStats.of(f"all {len(layers)} layers", torch.cat([w.reshape(-1) for w in weights.values()]))
-    return layers, replace(total, shape="", bytes=sum(layer.bytes for layer in layers)), weights
-
-
 # -- the report: every line fits 80 columns ------------------------------------------------------------------
 
 
 def print_tables(layers: list[WeightStats], total: WeightStats) -> None:
-    print("\nlayer           shape         count      min      max     mean      std bits")
-    for row in _ruled(layers, total):
+    size = sum(layer.bytes for layer in layers)
+    rows, more = [], []
+    for row in (*layers, total):
+        bytes, shape = (size, "") if row is total else (row.bytes, row.shape)
         numbers = " ".join(f"{fixed(value):>8}" for value in (row.min, row.max, row.mean, row.std))
-        bits = f"{8 * row.bytes / row.count:.2g}"
-        print(f"{row.name:<15} {row.shape:<9} {row.count:>9,} {numbers} {bits:>4}")
-    print("\nlayer           in [-1,1] exactly -1 exactly +1 in between distance     bytes")
-    for row in _ruled(layers, total):
+        rows.append(f"{row.name:<15} {shape:<9} {row.count:>9,} {numbers} {f'{8 * bytes / row.count:.2g}':>4}")
         counts = " ".join(f"{count:>10,}" for count in (row.minus_one, row.plus_one, row.between))
-        print(f"{row.name:<15} {share(row.in_range, row.count):>9} {counts} {fixed(row.distance):>8} {row.bytes:>9,}")
-    print(
-        "bits: 1 for a layer of nothing but -1 and +1, and bytes at that width;\n"
-        "in between: strictly; distance: mean distance to the nearest binary value"
-    )
+        in_range = f"{share(row.in_range, row.count):>9}"
+        more.append(f"{row.name:<15} {in_range} {counts} {fixed(row.distance):>8} {bytes:>9,}")
+    _print_table("layer           shape         count      min      max     mean      std bits", *rows)
+    _print_table("layer           in [-1,1] exactly -1 exactly +1 in between distance     bytes", *more)
+    print("bits: 1 for a layer of nothing but -1 and +1, and bytes at that width;")
+    print("in between: strictly; distance: mean distance to the nearest binary value")
     if len({row.values for row in layers}) > 1 or any(row.scale and not row.binary for row in layers):
         print_values(layers)
 
 
 def print_values(layers: list[WeightStats]) -> None:
     """The table of a file whose layers are binary up to a scale, ternary or unlike each other."""
-    print(f"\n{'layer':<15} {'weights':<32} {'a from':>8} {'to':>8} {'zeros':>8}\n{'-' * 79}")
+    rows = []
     for row in layers:
         scale = row.scale
         cells = (fixed(scale.low), fixed(scale.high), share(scale.zeros, row.count)) if scale else ("-", "-", "-")
-        print(f"{row.name:<15} {row.values:<32} " + " ".join(f"{cell:>8}" for cell in cells))
-    print(
-        f"{'-' * 79}\na: sizes within {SCALE_TOLERANCE:.1%} of each other, a rounding to float16, count as one;\n"
-        "bits and bytes: 1 bit for -a and +a, 2 bits with zeros, a float32 for each a"
-    )
+        rows.append(f"{row.name:<15} {row.values:<32} " + " ".join(f"{cell:>8}" for cell in cells))
+    note = f"a: sizes within {SCALE_TOLERANCE:.1%} of each other, a rounding to float16, count as one;"
+    _print_table("layer           weights                            a from       to    zeros", *rows, note)
+    print("bits and bytes: 1 bit for -a and +a, 2 bits with zeros, a float32 for each a")
 
 
-def _ruled(layers: list[WeightStats], total: WeightStats) -> Iterator[WeightStats]:
-    """The rows of a table, with a line before the first and the last."""
-    print("-" * 79)
-    yield from layers
-    print("-" * 79)
-    yield total
+def _print_table(head: str, *rows: str) -> None:
+    """The last row is below a line of its own."""
+    line = "-" * 79
+    print(f"\n{head}", line, *rows[:-1], line, rows[-1], sep="\n")
 
 
 def print_sizes(model: nn.Module, total: WeightStats) -> None:
@@ -162,33 +115,34 @@ def print_sizes(model: nn.Module, total: WeightStats) -> None:
 
 def verdict(layers: list[WeightStats], total: WeightStats, kind: str) -> list[str]:
     """What the weights are, in lines to print; every number is computed from the weights."""
+
+    def part(words: str, count: int) -> str:
+        return f"  {words}: {count:,} ({share(count, total.count)})"
+
     if total.binary:
         return [
             "✓ Weights appear to be BINARIZED (all values are at or very close to -1 or +1)",
-            f"  Exactly -1: {total.minus_one:,} ({share(total.minus_one, total.count)})",
-            f"  Exactly +1: {total.plus_one:,} ({share(total.plus_one, total.count)})",
-            f"  In between: {total.between:,} ({share(total.between, total.count)})",
+            part("Exactly -1", total.minus_one),
+            part("Exactly +1", total.plus_one),
+            part("In between", total.between),
         ]
     scales = [layer.scale for layer in layers if layer.scale]
     if len(scales) == len(layers):
         return _scaled_verdict(scales, total)
-    outside = total.count - total.in_range
     in_range = f"  {share(total.in_range, total.count)} of weights are between -1 and +1"
-    saturated = f"  Saturated, exactly -1 or +1: {total.saturated:,} ({share(total.saturated, total.count)})"
+    saturated = part("Saturated, exactly -1 or +1", total.saturated)
     if scales:
         kinds = Counter(layer.values for layer in layers)
         parts = [f"  {count} of {len(layers)} layers: {values}" for values, count in kinds.most_common()]
         return ["⚠ Weights are MIXED: the layers differ, see the table", *parts, in_range, saturated]
-    if outside:
-        lines = [
+    if total.in_range < total.count:
+        outside = part("Outside", total.count - total.in_range)
+        return [
             "✗ Weights are neither clipped to [-1, 1] nor binarized",
             in_range,
-            f"  Outside: {outside:,} ({share(outside, total.count)}), min {total.min:.6g}, max {total.max:.6g}",
+            f"{outside}, min {total.min:.6g}, max {total.max:.6g}",
             saturated,
         ]
-        if kind == "latent":
-            lines.append("  The file says that they are latent weights, but those are clipped at every step.")
-        return lines
     if kind == "float":
         return [
             "✗ Weights are full precision (float), neither clipped to [-1, 1] nor binarized",
@@ -207,10 +161,9 @@ def verdict(layers: list[WeightStats], total: WeightStats, kind: str) -> list[st
 
 def _scaled_verdict(scales: list[Scaled], total: WeightStats) -> list[str]:
     """Of weights that are -a and +a, or -a, 0 and +a, in every layer."""
-    per = max((scale.per for scale in scales), key=["layer", "output channel"].index)  # the finer one
+    per = "output channel" if any(scale.per == "output channel" for scale in scales) else "layer"
     used = [scale for scale in scales if scale.high] or scales  # without layers of zeros
-    low, high = min(scale.low for scale in used), max(scale.high for scale in used)
-    size = f"a from {low:.4g} to {high:.4g}"
+    size = f"a from {min(scale.low for scale in used):.4g} to {max(scale.high for scale in used):.4g}"
     if any(scale.ternary for scale in scales):
         zeros = share(sum(scale.zeros for scale in scales), total.count)
         return [
@@ -228,33 +181,29 @@ def _scaled_verdict(scales: list[Scaled], total: WeightStats) -> list[str]:
 # -- the picture ---------------------------------------------------------------------------------------------
 
 
-def draw(path: Path, title: str, layers: list[WeightStats], weights: dict[str, Tensor], *, clipped: bool) -> None:
+def draw(path: Path, title: str, weights: dict[str, Tensor], *, clipped: bool) -> None:
     """Save a page of histograms: all weights on top, a panel per layer below.
 
     clipped: show [-1, 1] in every panel; otherwise each panel has its own range.
     """
     from matplotlib.figure import Figure
 
-    columns = 5 if len(layers) <= 60 else 8
-    rows = -(-len(layers) // columns)
+    columns = 5 if len(weights) <= 60 else 8
+    rows = 2 - (-len(weights) // columns)  # the first two are for all weights together
     # In inches, fixed: fitting the layout to the texts takes several seconds where there are 110 panels.
-    width, height = 2.9 * columns, 3.6 + 1.75 * rows
+    width, height = 2.9 * columns, 1 + 1.75 * rows
     figure = Figure(figsize=(width, height))
     report.draw_title(figure, title, y=1 - 0.15 / height, va="top")
-    sides = {"left": 0.8 / width, "right": 1 - 0.2 / width}
-    top = figure.add_gridspec(1, 1, top=1 - 0.75 / height, bottom=1 - 3.1 / height, **sides)
-    panels = figure.add_gridspec(
-        rows, columns, top=1 - 3.75 / height, bottom=0.35 / height, wspace=0.2, hspace=0.42, **sides
-    )
+    figure.subplots_adjust(0.8 / width, 0.35 / height, 1 - 0.2 / width, 1 - 0.75 / height, 0.2, 0.42)
     everything = torch.cat([w.reshape(-1) for w in weights.values()])
-    overall = figure.add_subplot(top[0])
+    overall = figure.add_subplot(rows, 1, (1, 2))
     _draw_histogram(overall, everything, clipped, bins=101)
     overall.set_title(f"all {len(everything):,} weights (orange: exactly -1 or +1)", fontsize=11)
     overall.set_ylabel("% of the weights")
-    for place, layer in enumerate(layers):
-        axes = figure.add_subplot(panels[place])
-        _draw_histogram(axes, weights[layer.name], clipped, bins=41)
-        axes.set_title(f"{layer.name}  {layer.shape}", fontsize=8.5)
+    for place, (name, w) in enumerate(weights.items(), 1 + 2 * columns):
+        axes = figure.add_subplot(rows, columns, place)
+        _draw_histogram(axes, w, clipped, bins=41)
+        axes.set_title(f"{name}  {'x'.join(map(str, w.shape))}", fontsize=8.5)
         axes.tick_params(labelsize=7)
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=90))
 
@@ -279,28 +228,26 @@ def _draw_histogram(axes: object, w: Tensor, clipped: bool, bins: int) -> None:
 # -- the script ----------------------------------------------------------------------------------------------
 
 
-def analyze(loaded: Checkpoint, folder: Path) -> None:
-    model = loaded.model(fold=False)
-    layers, total, weights = collect(model)
-    print("\n".join(report.headline(loaded)))
-    print_tables(layers, total)
-    print_sizes(model, total)
-    print()
-    print("\n".join(verdict(layers, total, loaded.kind)))
-    clipped = total.in_range == total.count and loaded.kind not in ("float", "unknown")
-    title = f"{loaded.path.name}: {report.what_it_is(loaded)}"
-    picture = folder / f"{loaded.path.stem}_histograms.png"
-    draw(picture, title, layers, weights, clipped=clipped)
-    print(f"\nSaved the histograms: {picture}")
-
-
 def main() -> None:
     parser = cli.ArgumentParser("Weight statistics of a checkpoint, layer by layer: how binary are its weights?")
     cli.add_checkpoint_options(parser, BEST, "what to analyze")
     cli.add_output_option(parser)
     args = parser.parse_args()
     folder = cli.prepare_output_dir(args.output_dir)
-    analyze(checkpoints.load(args.checkpoint, weights_key=args.weights_key), folder)
+    loaded = checkpoints.load(args.checkpoint, weights_key=args.weights_key)
+    model = loaded.model(fold=False)
+    weights = {name: layer.weight.detach() for name, layer in weight_layers(model)}
+    layers = [WeightStats(name, w, find_scale(w)) for name, w in weights.items()]
+    total = WeightStats(f"all {len(layers)} layers", torch.cat([w.reshape(-1) for w in weights.values()]))
+
+    report.print_headline(loaded)
+    print_tables(layers, total)
+    print_sizes(model, total)
+    print("\n" + "\n".join(verdict(layers, total, loaded.kind)))
+    clipped = total.in_range == total.count and loaded.kind not in ("float", "unknown")
+    picture = folder / f"{loaded.path.stem}_histograms.png"
+    draw(picture, f"{loaded.path.name}: {report.what_it_is(loaded)}", weights, clipped=clipped)
+    print(f"\nSaved the histograms: {picture}")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ Latent weights of BinaryConnect are scored as they are too, but that figure mean
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import argparse
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import cifar10
 from engine import checkpoints, cli, normalization, onnx_export, report, runtime
@@ -30,29 +30,6 @@ LATENT_NOTE = """\
 BINARIZED_NOTE = "  The one that counts is that of the binarized network: see eval_binarized.py."
 
 SAMPLES = 24  # number of right and of wrong predictions drawn
-
-
-def make_parser() -> cli.ArgumentParser:
-    parser = cli.ArgumentParser("Score a checkpoint on the test set, as it was saved.")
-    cli.add_checkpoint_options(parser, BEST, "what to score")
-    cli.add_normalization_options(parser)
-    cli.add_data_options(parser, batch_size=500)
-    parser.add_argument(
-        "--plot",
-        type=Path,
-        metavar="FILE",
-        help="save the confusion matrix and some predictions as this PNG",
-    )
-    return parser
-
-
-def check_plot(path: Path | None) -> None:
-    """Raise UserError where no picture can be written to `path`; create its folder."""
-    if path is None:
-        return
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise UserError(f"--plot {path}: a PNG is written; give the name of a file that ends in .png")
-    cli.prepare_output_dir(path.parent, option="--plot: folder")
 
 
 # -- the report ----------------------------------------------------------------------------------------------
@@ -82,25 +59,8 @@ def _mistaken_for(row: Tensor, label: int) -> str:
 # -- the picture ---------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def sample_predictions(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """The first SAMPLES right and the first SAMPLES wrong predictions: (index of the image, predicted class) each."""
-    right: list[tuple[int, int]] = []
-    wrong: list[tuple[int, int]] = []
-    index = 0
-    for images, labels in batches:
-        for predicted, label in zip(model(images).argmax(1).tolist(), labels.tolist(), strict=True):
-            (right if predicted == label else wrong).append((index, predicted))
-            index += 1
-        if min(len(right), len(wrong)) >= SAMPLES:
-            break
-    return right[:SAMPLES], wrong[:SAMPLES]
-
-
-def draw(path: Path, title: str, scores: Scores, samples: list[list[tuple[int, int]]], split: cifar10.Split) -> None:
-    """Save the page: confusion matrix on the left, right and wrong predictions on the right."""
+def draw(path: Path, title: str, scores: Scores, split: cifar10.Split) -> None:
+    """Save the page: confusion matrix on the left, the first right and wrong predictions on the right."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(17, 8.6), layout="constrained")
@@ -108,8 +68,9 @@ def draw(path: Path, title: str, scores: Scores, samples: list[list[tuple[int, i
     report.draw_title(figure, title)
     _draw_confusion(left.subplots(), scores)
     top, bottom = right.subplots(2, 1)
-    _draw_samples(top, "Right: the first ones in the test set", samples[0], split)
-    _draw_samples(bottom, "Wrong: the first ones, predicted (true)", samples[1], split)
+    hits = scores.logits.argmax(1) == split.labels
+    _draw_samples(top, "Right: the first ones in the test set", hits, scores, split)
+    _draw_samples(bottom, "Wrong: the first ones, predicted (true)", ~hits, scores, split)
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
@@ -128,64 +89,74 @@ def _draw_confusion(axes: object, scores: Scores) -> None:
     )
 
 
-def _draw_samples(axes: object, title: str, samples: list[tuple[int, int]], split: cifar10.Split) -> None:
+def _draw_samples(axes: object, title: str, chosen: Tensor, scores: Scores, split: cifar10.Split) -> None:
+    """The first SAMPLES of the images where `chosen`, bool (images,), is true, with their predictions."""
     columns, cell_height, cell_width = 8, cifar10.SIDE + 16, cifar10.SIDE + 12
-    rows = SAMPLES // columns
-    sheet = torch.full((rows * cell_height, columns * cell_width, 3), 255, dtype=torch.uint8)
-    for place, (index, predicted) in enumerate(samples):
+    sheet = torch.full((SAMPLES // columns * cell_height, columns * cell_width, 3), 255, dtype=torch.uint8)
+    indices = chosen.nonzero()[:SAMPLES, 0].tolist()
+    for place, index in enumerate(indices):
         top, left = place // columns * cell_height, place % columns * cell_width + 6
         sheet[top : top + cifar10.SIDE, left : left + cifar10.SIDE] = split.images[index]
-        label = int(split.labels[index])
-        name = cifar10.CLASSES[predicted] + (f"\n({cifar10.CLASSES[label]})" if predicted != label else "")
-        color = "tab:green" if predicted == label else "tab:red"
+        predicted, label = int(scores.logits[index].argmax()), int(split.labels[index])
+        name, color = cifar10.CLASSES[predicted], "tab:green"
+        if predicted != label:
+            name, color = f"{name}\n({cifar10.CLASSES[label]})", "tab:red"
         middle, below = left + cifar10.SIDE / 2, top + cifar10.SIDE + 0.5
         axes.text(middle, below, name, ha="center", va="top", fontsize=9, color=color, linespacing=1.05)
     axes.imshow(sheet.numpy(), interpolation="nearest")
-    axes.set_title(title if samples else f"{title}: none", loc="left")
+    axes.set_title(title if indices else f"{title}: none", loc="left")
     axes.axis("off")
 
 
 # -- the script ----------------------------------------------------------------------------------------------
 
 
+def parse_arguments() -> argparse.Namespace:
+    parser = cli.ArgumentParser("Score a checkpoint on the test set, as it was saved.")
+    cli.add_checkpoint_options(parser, BEST, "what to score")
+    cli.add_normalization_options(parser)
+    cli.add_data_options(parser, batch_size=500)
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="save the confusion matrix and some predictions as this PNG"
+    )
+    args = parser.parse_args()
+    if args.plot:
+        if args.plot.suffix.lower() != ".png" or args.plot.is_dir():
+            raise UserError(f"--plot {args.plot}: a PNG is written; give the name of a file that ends in .png")
+        cli.prepare_output_dir(args.plot.parent, option="--plot: folder")
+        if args.checkpoint.exists():
+            keep_source(args.checkpoint, args.plot)
+    return args
+
+
 def main() -> None:
-    args = make_parser().parse_args()
+    args = parse_arguments()
     path = args.checkpoint
     device = cli.select_device(args.device, args.threads)
     runtime.keep_freed_memory()
-    check_plot(args.plot)
     if path.suffix == ".onnx":
-        model, loaded = onnx_export.open_network(args), None
+        model, what, scale = onnx_export.open_network(args), "ONNX network", 1.0
+        print(f"{path}\n  {what}")
+        data = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
+        batches = model.batches(data.test, args.batch_size)
     else:
         loaded = checkpoints.load(path, weights_key=args.weights_key)
-        model = loaded.model().to(device, memory_format=torch.channels_last)
-    if args.plot:
-        keep_source(path, args.plot)
-    data = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
-
-    if loaded:
-        what, scale = report.what_it_is(loaded), loaded.logit_scale
-        print("\n".join(report.headline(loaded)))
+        model, what, scale = loaded.model(), report.what_it_is(loaded), loaded.logit_scale
+        model.to(device, memory_format=torch.channels_last)
+        report.print_headline(loaded)
         if loaded.kind == "latent":
             print(LATENT_NOTE)
             if loaded.quantizer in SIGN_QUANTIZERS:
                 print(BINARIZED_NOTE)
         used = normalization.choose(loaded, args, cifar10.MEAN, cifar10.STD)
-    else:
-        what, scale = "ONNX network", 1.0
-        print(f"{path}\n  {what}")
+        data = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
+        batches = cifar10.eval_batches(data.test, args.batch_size, device, **used)
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        if loaded:
-            return cifar10.eval_batches(data.test, args.batch_size, device, **used)
-        return model.batches(data.test, args.batch_size)
-
-    scores = evaluate(model, batches(), len(data.test), logit_scale=scale, progress="test", path=path)
+    scores = evaluate(model, batches, len(data.test), logit_scale=scale, progress="test", path=path)
     print_scores(scores, data, scale)
     if args.plot:
         # With the kind of the weights: a picture travels without the warning printed above.
-        title = f"{path.name}: {what}: {scores.accuracy:.2f}% on {data.scored_on}"
-        draw(args.plot, title, scores, sample_predictions(model, batches()), data.test)
+        draw(args.plot, f"{path.name}: {what}: {scores.accuracy:.2f}% on {data.scored_on}", scores, data.test)
         print(f"\nSaved the confusion matrix and sample predictions: {args.plot}")
 
 

@@ -18,25 +18,7 @@ from engine.checkpoints import BEST, BINARIZED, Checkpoint
 from engine.cli import UserError
 from engine.evaluate import Scores, evaluate
 from engine.files import keep_source
-from models import weight_layers
-from models.binaryconnect import is_binary
-
-
-def make_parser() -> cli.ArgumentParser:
-    parser = cli.ArgumentParser("Binarize a BinaryConnect checkpoint, verify, score and save the binarized network.")
-    cli.add_checkpoint_options(parser, BEST, "what to binarize")
-    cli.add_normalization_options(parser)
-    cli.add_data_options(parser, batch_size=500)
-    cli.add_output_option(parser)
-    return parser
-
-
-def verify(model: nn.Module) -> None:
-    """Print that every convolution and linear weight is -1 or +1; raise RuntimeError naming one that is not."""
-    for name, layer in weight_layers(model):
-        if not is_binary(layer.weight):
-            raise RuntimeError(f"{name}.weight holds values other than -1 and +1")
-    print("✓ All convolution/linear weights are binary {-1, +1}")
+from models.binaryconnect import count_binary_weights
 
 
 def binarized_checkpoint(loaded: Checkpoint, model: nn.Module, scores: Scores, **more: object) -> dict[str, object]:
@@ -61,22 +43,27 @@ def binarized_checkpoint(loaded: Checkpoint, model: nn.Module, scores: Scores, *
 
 
 def main() -> None:
-    args = make_parser().parse_args()
+    parser = cli.ArgumentParser("Binarize a BinaryConnect checkpoint, verify, score and save the binarized network.")
+    cli.add_checkpoint_options(parser, BEST, "what to binarize")
+    cli.add_normalization_options(parser)
+    cli.add_data_options(parser, batch_size=500)
+    cli.add_output_option(parser)
+    args = parser.parse_args()
     device = cli.select_device(args.device, args.threads)
-    folder = cli.prepare_output_dir(args.output_dir)
+    made = cli.prepare_output_dir(args.output_dir) / BINARIZED
     loaded = checkpoints.load(args.checkpoint, weights_key=args.weights_key)
     if loaded.kind in ("binary", checkpoints.BINARY_1BIT):
         raise UserError(
             f"{args.checkpoint}: its weights are binary already; score it with eval.py or load_binarized_example.py"
         )
-    keep_source(args.checkpoint, folder / BINARIZED)
-    binarized.check_quantizer(loaded)
-    data = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
+    keep_source(args.checkpoint, made)
 
-    print("\n".join(report.short_headline(loaded)))
+    report.print_short_headline(loaded)
     used = normalization.choose(loaded, args, cifar10.MEAN, cifar10.STD)
     model = binarized.binarized_model(loaded)
-    verify(model)
+    count_binary_weights(model)  # raises where one is not
+    print("✓ All convolution/linear weights are binary {-1, +1}")
+    data = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
     model.to(device, memory_format=torch.channels_last)
     batches = cifar10.eval_batches(data.test, args.batch_size, device, **used)
     scores = evaluate(
@@ -87,9 +74,8 @@ def main() -> None:
 
     more = {"normalization": used} if used else {}
     content = checkpoints.serialize(binarized_checkpoint(loaded, model, scores, **more))
-    binarized.write(folder / BINARIZED, content, loaded.sha256)
-    print(f"✓ Saved binarized model: {len(content) / 1e6:.2f} MB")
-    print(f"  {folder / BINARIZED}")
+    binarized.write(made, content, loaded.sha256)
+    print(f"✓ Saved binarized model: {len(content) / 1e6:.2f} MB\n  {made}")
 
 
 if __name__ == "__main__":

@@ -10,34 +10,26 @@ class OnnxNetwork.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import cifar10
 from engine import checkpoints, cli, normalization, onnx_export, report
 from engine.checkpoints import BINARIZED, Checkpoint
 from engine.cli import UserError
 from engine.evaluate import evaluate
-from models import weight_layers
-from models.binaryconnect import is_binary
+from models.binaryconnect import count_binary_weights
 
 
 def binary_network(loaded: Checkpoint) -> nn.Module:
     """The network of a binarized or 1-bit file, in evaluation mode, its weights verified.
 
-    Raises UserError where the weights are not all -1 and +1.
+    Raises UserError for another kind of file, ValueError where a weight is neither -1 nor +1.
     """
     if loaded.kind not in ("binary", checkpoints.BINARY_1BIT):
-        advice = (
-            "binarize it with eval_binarized.py" if loaded.kind == "latent" else "train with main_binary.py first"
-        )
+        advice = {"latent": "binarize it with eval_binarized.py"}.get(loaded.kind, "train with main_binary.py first")
         raise UserError(f"{loaded.path}: its weights are {loaded.kind}, not binary; {advice}")
-    layers = weight_layers(loaded.model(fold=False))
-    if not all(is_binary(layer.weight) for _, layer in layers):
-        raise UserError(f"{loaded.path}: holds weights that are neither -1 nor +1")
-    print(f"✓ {loaded.path}: all {sum(layer.weight.numel() for _, layer in layers):,} weights are -1 or +1")
+    print(f"✓ {loaded.path}: all {count_binary_weights(loaded.model(fold=False)):,} weights are -1 or +1")
     return loaded.model()  # of a 1-bit file with its scales folded into the weights: same outputs, less work
 
 
@@ -48,32 +40,23 @@ def main() -> None:
     cli.add_data_options(parser, batch_size=500)
     args = parser.parse_args()
     device = cli.select_device(args.device, args.threads)
-    onnx = args.checkpoint.suffix == ".onnx"
-    if onnx:
+    if args.checkpoint.suffix == ".onnx":
         model = onnx_export.open_network(args)  # its bits are unpacked and its scales folded by the runtime
+        test = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
+        batches = model.batches(test.test, args.batch_size)  # the pixels themselves
     else:
         loaded = checkpoints.load(args.checkpoint, weights_key=args.weights_key)
         model = binary_network(loaded).to(device, memory_format=torch.channels_last)
-        for note in report.notes(loaded):
-            print(note)
+        report.print_notes(loaded)
         used = normalization.choose(loaded, args, cifar10.MEAN, cifar10.STD)
-    data = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
-    test = data.test
+        test = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
+        batches = cifar10.eval_batches(test.test, args.batch_size, device, **used)
 
-    def batches(split: cifar10.Split) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels: an ONNX network takes the pixels themselves, a torch network normalized images."""
-        if onnx:
-            return model.batches(split, args.batch_size)
-        return cifar10.eval_batches(split, args.batch_size, device, **used)
-
-    images, labels = next(batches(test.take(torch.arange(min(5, len(test))))))
-    with torch.no_grad():
-        predicted = model(images).argmax(1)  # (5, 3, 32, 32) -> logits (5, 10) -> classes (5,)
-    for number, (label, guess) in enumerate(zip(labels.tolist(), predicted.tolist(), strict=True)):
+    scores = evaluate(model, batches, len(test.test), progress="test", path=args.checkpoint)
+    predicted = scores.logits.argmax(1)  # logits (images, 10) -> classes (images,)
+    for number, (label, guess) in enumerate(zip(test.test.labels[:5], predicted[:5], strict=True)):
         print(f"  test image {number}: {cifar10.CLASSES[label]:<10}  classified as {cifar10.CLASSES[guess]}")
-
-    scores = evaluate(model, batches(test), len(test), progress="test", path=args.checkpoint)
-    print(f"Scored on {data.scored_on}")
+    print(f"Scored on {test.scored_on}")
     print(scores.accuracy_line())
 
 

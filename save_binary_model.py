@@ -32,7 +32,7 @@ INT8_LOSS = 0.2  # percentage points of accuracy that 8-bit activations may cost
 INT8_IMAGES = 3  # images that they may cost in any case: one image is a large share of a small set
 
 
-def make_parser() -> cli.ArgumentParser:
+def parse_arguments() -> argparse.Namespace:
     parser = cli.ArgumentParser("Pack a BinaryConnect network to one bit per weight and prove that nothing is lost.")
     cli.add_checkpoint_options(parser, BEST, "latent or binarized weights")
     parser.add_argument(
@@ -43,7 +43,7 @@ def make_parser() -> cli.ArgumentParser:
     group = parser.add_argument_group("ONNX (needs requirements-onnx.txt)")
     group.add_argument(
         "--onnx",
-        type=onnx_path,
+        type=Path,
         metavar="FILE",
         help="also export the network to this file: uint8 RGB pixels (N, 32, 32, 3) in, logits (N, 10) out",
     )
@@ -55,41 +55,49 @@ def make_parser() -> cli.ArgumentParser:
     cli.add_normalization_options(parser)
     cli.add_data_options(parser, batch_size=500)
     cli.add_output_option(parser)
-    return parser
+    args = parser.parse_args()
+    if args.int8 and not args.onnx:
+        raise UserError("--int8: is for --onnx FILE; give both")
+    if args.onnx:
+        if args.onnx.suffix != ".onnx" or args.onnx.is_dir():  # no checkpoint is overwritten by mistake
+            raise UserError(f"--onnx {args.onnx}: give the name of a file that ends in .onnx")
+        onnx_export.require("onnx", "onnxruntime")
+        cli.prepare_output_dir(args.onnx.parent, option="--onnx: folder")
+    return args
 
 
-def onnx_path(text: str) -> Path:
-    """An argparse type: a path that ends in .onnx, so that no checkpoint is overwritten by mistake."""
-    if not text.endswith(".onnx"):
-        raise argparse.ArgumentTypeError(f"{text!r} does not end in .onnx")
-    return Path(text)
+def load_source(args: argparse.Namespace) -> Checkpoint:
+    """The checkpoint to pack. Raises UserError where it cannot be packed, or would be overwritten."""
+    loaded = checkpoints.load(args.checkpoint, weights_key=args.weights_key)
+    if loaded.kind == BINARY_1BIT:
+        raise UserError(f"{args.checkpoint}: is packed already; give the checkpoint it was made from")
+    keep_source(args.checkpoint, args.output_dir / PACKED)
+    if args.onnx:
+        keep_source(args.checkpoint, args.onnx)
+        onnx_export.check_exportable(loaded.model(), args.checkpoint)
+    return loaded
 
 
-def score(
-    model: nn.Module, data: cifar10.Data, args: argparse.Namespace, device: torch.device, used: Normalization
-) -> tuple[Scores, Tensor]:
-    """Scores on the test images, printed, and the logits, float32 (images, 10) on the CPU. Moves `model` to `device`.
+def score(model: nn.Module, data: cifar10.Data, args: argparse.Namespace, used: Normalization) -> Scores:
+    """Scores on the test images; prints the accuracy. Moves `model` to args.device.
 
     used: the normalization of the images; an ONNX network has its own.
     """
-    test, logits = data.test, []
     if isinstance(model, onnx_export.OnnxNetwork):
-        batches = model.batches(test, args.batch_size)
+        batches = model.batches(data.test, args.batch_size)
     else:
-        batches = cifar10.eval_batches(test, args.batch_size, device, **used)
-    model.to(device, memory_format=torch.channels_last)
-    handle = model.register_forward_hook(lambda _module, _inputs, output: logits.append(output.float().cpu()))
-    scores = evaluate(model, batches, len(test), progress="test", path=args.checkpoint)
-    handle.remove()
+        model.to(args.device, memory_format=torch.channels_last)
+        batches = cifar10.eval_batches(data.test, args.batch_size, args.device, **used)
+    scores = evaluate(model, batches, len(data.test), progress="test", path=args.checkpoint)
     print(scores.accuracy_line())
-    return scores, torch.cat(logits)
+    return scores
 
 
 def prove_same_signs(model: nn.Module, unpacked: nn.Module) -> None:
     """Print that both have the same weights, all -1 or +1; raise RuntimeError naming a layer that differs."""
     count = 0
     for (name, layer), (_, other) in zip(weight_layers(model), weight_layers(unpacked), strict=True):
-        if not torch.equal(layer.weight.cpu(), other.weight.cpu()):
+        if not torch.equal(layer.weight.cpu(), other.weight):
             raise RuntimeError(f"{name}.weight: the unpacked signs differ; nothing was written")
         count += layer.weight.numel()
     print(f"✓ Loaded back: all {count:,} signs are identical")
@@ -114,41 +122,16 @@ def prove_same_logits(expected: Tensor, found: Tensor) -> None:
     print(f"✓ Logits agree: max |difference| {difference:.1e}, max |logit| {float(expected.abs().max()):.3g}")
 
 
-def pack(loaded: Checkpoint, model: nn.Module, scores: Scores, used: Normalization, *, keep_batchnorm: bool) -> bytes:
-    """The content of the 1-bit file: signs, floats and a short description."""
-    packed = checkpoints.make(loaded.arch, BINARY_1BIT, None)
-    packed |= pack_model(model, loaded.arch, keep_batchnorm=keep_batchnorm)
-    packed |= {"accuracy": scores.accuracy, "test_images": scores.images, "logit_scale": loaded.logit_scale}
-    packed |= {"source_sha256": loaded.sha256} | ({"normalization": used} if used else {})
-    return checkpoints.serialize(packed)
-
-
-def binarized_file(loaded: Checkpoint, model: nn.Module, folder: Path) -> tuple[str, int]:
-    """Name and bytes of the same network in float32: a file that is there, or one serialized in memory."""
-    if loaded.kind == "binary":
-        return loaded.path.name, loaded.path.stat().st_size
-    path = folder / BINARIZED
-    try:
-        if checkpoints.load(path).source_sha256 == loaded.sha256:
-            return BINARIZED, path.stat().st_size
-    except UserError:
-        pass  # not there, or not a checkpoint
-    content = checkpoints.serialize(checkpoints.make(loaded.arch, "binary", model.state_dict()))
-    return "in memory", len(content)
-
-
-def print_sizes(loaded: Checkpoint, model: nn.Module, packed_bytes: int, folder: Path) -> None:
+def print_sizes(loaded: Checkpoint, model: nn.Module, folder: Path) -> None:
     """A table of bytes, measured from the files, and how many times smaller each is than the first of its group."""
-    name, size = binarized_file(loaded, model, folder)
-    files = [(f"binarized, float32 ({name})", size), (f"1 bit a weight ({PACKED})", packed_bytes)]
-    if loaded.kind != "binary":
-        files.insert(0, (f"{loaded.kind}, float32 ({loaded.path.name})", loaded.path.stat().st_size))
+    sources = {"binarized" if loaded.kind == "binary" else loaded.kind: loaded.path}
+    if loaded.kind != "binary" and binarized.source_of(folder / BINARIZED) == loaded.sha256:
+        sources["binarized"] = folder / BINARIZED  # the same network, of eval_binarized.py
+    files = [(f"{what}, float32 ({path.name})", path.stat().st_size) for what, path in sources.items()]
+    files.append((f"1 bit a weight ({PACKED})", (folder / PACKED).stat().st_size))
     files.append(("information limit: signs, scales, shifts, bias", information_bytes(model)))
     count = sum(layer.weight.numel() for _, layer in weight_layers(model))
-    weights = [
-        ("the weights alone in float32", 4 * count),
-        ("the weights alone, one bit each", (count + 7) // 8),
-    ]
+    weights = [("the weights alone in float32", 4 * count), ("the weights alone, one bit each", (count + 7) // 8)]
     print(f"\n{'size':<56}{'bytes':>12}{'ratio':>9}")
     for rows in (files, weights):
         for label, size in rows:
@@ -156,11 +139,7 @@ def print_sizes(loaded: Checkpoint, model: nn.Module, packed_bytes: int, folder:
 
 
 def save_onnx(
-    args: argparse.Namespace,
-    packed: Checkpoint,
-    data: cifar10.Data,
-    expected: tuple[Scores, Tensor],
-    used: Normalization | None = None,
+    args: argparse.Namespace, packed: Checkpoint, data: cifar10.Data, expected: Scores, used: Normalization
 ) -> None:
     """Export the packed network to args.onnx, once it is shown to classify as `expected`, the same in torch.
 
@@ -171,62 +150,48 @@ def save_onnx(
     mean, std = (used or {"mean": cifar10.MEAN, "std": cifar10.STD}).values()
     content = onnx_export.export(packed.model(fold=False), mean, std, images)
     print(f"\nONNX, {'8-bit' if args.int8 else 'float32'} activations, run by onnxruntime:")
-    found, logits = score(onnx_export.OnnxNetwork(content), data, args, torch.device("cpu"), {})
+    found = score(onnx_export.OnnxNetwork(content), data, args, {})
     if args.int8:
-        lost = expected[0].accuracy - found.accuracy
-        if lost > INT8_LOSS and expected[0].correct - found.correct > INT8_IMAGES:
+        lost = expected.accuracy - found.accuracy
+        if lost > INT8_LOSS and expected.correct - found.correct > INT8_IMAGES:
             raise UserError(f"--int8: costs {lost:.2f} points of accuracy: {args.onnx} not written; leave --int8 out")
         allowed = f"at most {INT8_LOSS}, or {INT8_IMAGES} images"
         print(f"✓ 8-bit activations cost {lost:.2f} points of accuracy (allowed are {allowed})")
     else:
-        prove_same_logits(expected[1], logits)
+        prove_same_logits(expected.logits, found.logits)
     atomic_write(args.onnx, content)
     print(f"✓ Saved ONNX model: {args.onnx}, {len(content):,} bytes, checked by the ONNX checker")
 
 
-def parse_arguments() -> argparse.Namespace:
-    args = make_parser().parse_args()
-    if args.int8 and not args.onnx:
-        raise UserError("--int8: is for --onnx FILE; give both")
-    if args.onnx:
-        onnx_export.require("onnx", "onnxruntime")
-        if args.onnx.is_dir():
-            raise UserError(f"--onnx {args.onnx}: is a folder; give the name of a file")
-        cli.prepare_output_dir(args.onnx.parent, option="--onnx: folder")
-    return args
-
-
 def main() -> None:
     args = parse_arguments()
-    device = cli.select_device(args.device, args.threads)
+    args.device = cli.select_device(args.device, args.threads)
     folder = cli.prepare_output_dir(args.output_dir)
-    loaded = checkpoints.load(args.checkpoint, weights_key=args.weights_key)
-    if loaded.kind == BINARY_1BIT:
-        raise UserError(f"{args.checkpoint}: is packed already; give the checkpoint it was made from")
-    for made in (folder / PACKED, args.onnx):
-        if made:
-            keep_source(args.checkpoint, made)
-    binarized.check_quantizer(loaded)
+    loaded = load_source(args)
+    report.print_short_headline(loaded)
+    used = normalization.choose(loaded, args, cifar10.MEAN, cifar10.STD)
+    model = binarized.binarized_model(loaded)
     calibration = CALIBRATION_IMAGES if args.int8 else None
     data = cifar10.load(args.data_dir, train=args.int8, limit_train=calibration, limit_test=args.limit_test)
 
-    print("\n".join(report.short_headline(loaded)))
-    used = normalization.choose(loaded, args, cifar10.MEAN, cifar10.STD)
-    model = binarized.binarized_model(loaded)
     print(f"Binarized, scored on {data.scored_on}:")
-    scores, logits = score(model, data, args, device, used)
-    content = pack(loaded, model, scores, used, keep_batchnorm=args.keep_batchnorm)
+    scores = score(model, data, args, used)
+    made = checkpoints.make(loaded.arch, BINARY_1BIT, None)
+    made |= pack_model(model, loaded.arch, keep_batchnorm=args.keep_batchnorm)
+    made |= {"accuracy": scores.accuracy, "test_images": scores.images, "logit_scale": loaded.logit_scale}
+    made |= {"source_sha256": loaded.sha256} | ({"normalization": used} if used else {})
+    content = checkpoints.serialize(made)
     packed = checkpoints.load(args.checkpoint, content=content)  # as it will be in the file, before the file is there
     prove_same_signs(model, packed.model(fold=False))
     print("Unpacked and folded, on the same images:")
-    unpacked = score(packed.model(), data, args, device, used)
+    unpacked = score(packed.model(), data, args, used)
     try:
-        prove_same_logits(logits, unpacked[1])
+        prove_same_logits(scores.logits, unpacked.logits)
     except RuntimeError as error:  # BatchNorm may hold numbers that float32 cannot fold
         raise UserError(f"{args.checkpoint}: cannot be packed: {error}") from error
     binarized.write(folder / PACKED, content, loaded.sha256)
     print(f"✓ Saved 1-bit model: {folder / PACKED}, {len(content):,} bytes")
-    print_sizes(loaded, model, len(content), folder)
+    print_sizes(loaded, model, folder)
     if args.onnx:
         save_onnx(args, packed, data, unpacked, used)
 

@@ -49,35 +49,28 @@ def find_scale(w: Tensor) -> Scaled | None:
     size = w.detach().abs().double().reshape(len(w), -1)
     for ternary in (False, True):
         for per, groups in (("layer", size.reshape(1, -1)), ("output channel", size)):
-            high = groups.amax(1)
-            low = groups.masked_fill(groups == 0, torch.inf).amin(1)  # infinite in a group of zeros
-            used, nonzero = high > 0, groups > 0
+            high, nonzero = groups.amax(1), groups > 0
+            low = groups.masked_fill(~nonzero, torch.inf).amin(1)  # infinite in a group of zeros
+            used = high > 0
             if not ternary and not (used.any() and torch.equal(nonzero.all(1), used)):
                 continue
-            if nonzero.sum() >= 2 * used.sum() and (high - low <= SCALE_TOLERANCE * high).logical_or(~used).all():
-                scales = high[used] if ternary and used.any() else high
-                return Scaled(
-                    ternary, per, len(groups), scales.min().item(), scales.max().item(), int((size == 0).sum())
-                )
+            if nonzero.sum() >= 2 * used.sum() and (~used | (high - low <= SCALE_TOLERANCE * high)).all():
+                a = high[used] if ternary and used.any() else high
+                return Scaled(ternary, per, len(groups), a.min().item(), a.max().item(), int((size == 0).sum()))
     return None
-
-
-def check_quantizer(loaded: Checkpoint) -> None:
-    """Raise UserError for latent weights that were trained with another quantizer than a sign."""
-    if loaded.kind == "latent" and loaded.quantizer not in SIGN_QUANTIZERS:
-        raise UserError(
-            f"{loaded.path}: its latent weights were trained with the quantizer {loaded.quantizer!r}: their signs "
-            f"are not the network; only weights of {' or '.join(SIGN_QUANTIZERS)} can be binarized"
-        )
 
 
 def binarized_model(loaded: Checkpoint) -> nn.Module:
     """The network of a checkpoint with -1 and +1 for weights, BatchNorm as it is, in evaluation mode, on the CPU.
 
     Prints one line where the weights were not trained to be binarized. A 1-bit file is not for this function.
-    Raises UserError as `check_quantizer` does.
+    Raises UserError for latent weights that were trained with another quantizer than a sign.
     """
-    check_quantizer(loaded)
+    if loaded.kind == "latent" and loaded.quantizer not in SIGN_QUANTIZERS:
+        raise UserError(
+            f"{loaded.path}: its latent weights were trained with the quantizer {loaded.quantizer!r}: their signs "
+            f"are not the network; only weights of {' or '.join(SIGN_QUANTIZERS)} can be binarized"
+        )
     model = loaded.model()
     if loaded.kind in ("float", "unknown"):
         print(f"⚠ {loaded.path}: {_warning(model, loaded.kind)}")
@@ -103,14 +96,15 @@ def write(path: Path, content: bytes, source_sha256: str) -> None:
 
     Raises UserError where that cannot be done; no file is lost.
     """
-    if path.exists() and _source_of(path) != source_sha256:
+    if path.exists() and source_of(path) != source_sha256:
         moved = archive(path.parent, [path.name])
         print(f"{path} was made from another checkpoint: moved to {moved}.")
     atomic_write(path, content)
 
 
-def _source_of(path: Path) -> str | None:
+def source_of(path: Path) -> str | None:
+    """The SHA-256 of the checkpoint that `path` was made from; None where it does not say so or cannot be read."""
     try:
         return checkpoints.load(path).source_sha256
     except UserError:
-        return None  # whatever it is, we did not make it from this source
+        return None

@@ -15,14 +15,20 @@ from tqdm import tqdm
 
 from engine.cli import UserError
 from engine.training import distributed
+from models.resnet_s import NUM_CLASSES
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scores:
-    """What a network scored. loss: mean cross-entropy in nats; confusion: int64 (true class, predicted class)."""
+    """What a network scored.
+
+    loss: mean cross-entropy in nats. confusion: int64 (true class, predicted class). logits: float32 (images, 10) on
+    the CPU, in the order of the batches; with several processes, of the images of this one.
+    """
 
     loss: float
     confusion: Tensor
+    logits: Tensor
     seconds: float
 
     @property
@@ -35,7 +41,7 @@ class Scores:
 
     @property
     def accuracy(self) -> float:
-        """Per cent of the images classified correctly."""
+        """Percentage of the images classified correctly."""
         return 100 * self.correct / self.images
 
     def accuracy_line(self) -> str:
@@ -49,7 +55,6 @@ def evaluate(
     images: int,
     *,
     logit_scale: float = 1.0,
-    classes: int = 10,
     progress: str = "",
     path: Path | None = None,
 ) -> Scores:
@@ -67,30 +72,26 @@ def evaluate(
     model.eval()
     distributed.copy_buffers_from_writer(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))  # an ONNX network has none
-    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
+    confusion = torch.zeros(NUM_CLASSES**2, dtype=torch.int64, device=device)
     loss_sum = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+    logits: list[Tensor] = []
     started = time.perf_counter()
-    bar = tqdm(
-        total=images,
-        desc=progress,
-        unit=" images",
-        leave=False,
-        disable=not (progress and sys.stderr.isatty() and distributed.is_writer()),
-    )
+    shown = progress and sys.stderr.isatty() and distributed.is_writer()
     try:
-        with bar:
+        with tqdm(total=images, desc=progress, unit=" images", leave=False, disable=not shown) as bar:
             for inputs, labels in batches:
-                logits = model(inputs).float()
-                loss_sum += F.cross_entropy(logits * logit_scale, labels, reduction="sum")
-                confusion += torch.bincount(labels * classes + logits.argmax(1), minlength=classes * classes)
+                logits.append(model(inputs).float())
+                loss_sum += F.cross_entropy(logits[-1] * logit_scale, labels, reduction="sum")
+                cells = labels * NUM_CLASSES + logits[-1].argmax(1)
+                confusion += torch.bincount(cells, minlength=NUM_CLASSES**2)
                 bar.update(min(len(labels) * distributed.world_size(), images - bar.n))  # the others go as fast
     finally:
         model.train(was_training)
-    confusion = distributed.sum_over_ranks(confusion).reshape(classes, classes).cpu()
+    confusion = distributed.sum_over_ranks(confusion).reshape(NUM_CLASSES, NUM_CLASSES).cpu()
     loss = float(distributed.sum_over_ranks(loss_sum)) / max(images, 1)
     if int(confusion.sum()) != images:
         raise RuntimeError(f"{int(confusion.sum())} of {images} images were scored")
     if loss != loss:
         problem = "the network's outputs are NaN"
-        raise UserError(f"{path}: {problem}; the checkpoint is of no use") if path else ValueError(problem)
-    return Scores(loss, confusion, time.perf_counter() - started)
+        raise UserError(f"{path}: {problem}; the checkpoint is unusable") if path else ValueError(problem)
+    return Scores(loss, confusion, torch.cat(logits).cpu(), time.perf_counter() - started)

@@ -30,12 +30,12 @@ def choose(loaded: Checkpoint, args: argparse.Namespace, mean: Triple, std: Trip
 
 
 def _recorded(loaded: Checkpoint) -> Normalization:
-    recorded = {} if loaded.foreign else loaded.raw.get("normalization", {})
+    if loaded.foreign or "normalization" not in loaded.raw:
+        return {}
     try:
-        found = {name: tuple(map(float, recorded[name])) for name in ("mean", "std") if recorded}
-        fits = all(len(values) == 3 and all(map(math.isfinite, values)) for values in found.values())
-        if not fits or (found and min(found["std"]) <= 0):
-            raise ValueError
+        mean, std = (tuple(map(float, loaded.raw["normalization"][name])) for name in ("mean", "std"))
+        if len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0:
+            return {"mean": mean, "std": std}
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise UserError(f"{loaded.path}: its normalization is not a mean and a std of three numbers each") from None
-    return found
+        pass
+    raise UserError(f"{loaded.path}: its normalization is not a mean and a std of three numbers each")

@@ -17,6 +17,7 @@ as their quantization step, so the weights are not rounded. QuantizeLinear and D
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,13 +35,14 @@ if TYPE_CHECKING:
 
 OPSET = 18  # the first with BitwiseAnd
 IR_VERSION = 8  # that of the same ONNX release, so that older runtimes read the file
+FLOAT, INT8, INT32 = 1, 3, 6  # onnx.TensorProto.FLOAT and so on
 
 
 def require(*packages: str) -> None:
     """Raise UserError where one of `packages` ("onnx", "onnxruntime") cannot be imported."""
     for package in packages:
         try:
-            __import__(package)
+            importlib.import_module(package)
         except ImportError as error:
             raise UserError(
                 f"ONNX: {package} cannot be imported ({reason(error)}); pip install -r requirements-onnx.txt"
@@ -57,12 +59,12 @@ class _Graph:
     """Nodes and constants under short names, which keep the file small."""
 
     def __init__(self) -> None:
-        self.nodes: list[Any] = []
-        self.initializers: list[Any] = []
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
         self._constants: dict[tuple, str] = {}
         self._names = 0
 
-    def _new_name(self) -> str:
+    def new_name(self) -> str:
         self._names += 1
         return np.base_repr(self._names, 36).lower()
 
@@ -73,38 +75,35 @@ class _Graph:
         array = np.asarray(value, dtype)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
-            self._constants[key] = self._new_name()
+            self._constants[key] = self.new_name()
             self.initializers.append(numpy_helper.from_array(array, self._constants[key]))
         return self._constants[key]
 
-    def add(self, operator: str, *inputs: str, output: str = "", **attributes: Any) -> str:
-        """Add a node with one output; return the output's name."""
-        return self.add_many(operator, *inputs, outputs=[output or self._new_name()], **attributes)[0]
-
-    def add_many(self, operator: str, *inputs: str, outputs: Sequence[str] | int, **attributes: Any) -> Sequence[str]:
+    def add(self, operator: str, *inputs: str, outputs: Sequence[str] = (), **attributes: Any) -> str:
+        """Add a node whose outputs have these names, by default a new one; return the first."""
         from onnx import helper
 
-        names = [self._new_name() for _ in range(outputs)] if isinstance(outputs, int) else outputs
-        self.nodes.append(helper.make_node(operator, list(inputs), names, **attributes))
-        return names
+        outputs = outputs or [self.new_name()]
+        self.nodes.append(helper.make_node(operator, inputs, outputs, **attributes))
+        return outputs[0]
 
 
-class _FloatForm:
+class _FloatForm(_Graph):
     """Builds the graph of a network in float32. `places` then maps each activation's place to its tensor."""
 
-    weight_type = np.float32
+    weight_type = FLOAT
 
     def __init__(self, model: ResNetS, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.graph = _Graph()
+        super().__init__()
         self.model, self.mean, self.std = model, np.array(mean, np.float32), np.array(std, np.float32)
         self.places: dict[str, str] = {}
         self.scales: dict[str, np.ndarray] = {}  # float32 (channels,), at least 0
         self.shifts: dict[str, np.ndarray] = {}
-        self.signs = self._unpacked_signs(self._signs_and_scales())
+        self.weights = self._unpacked(self._signs())
 
-    def _signs_and_scales(self) -> Tensor:
-        """All signs, float32 (weights,). A channel with a negative scale has its signs flipped instead: exact, and
-        a quantization step must be positive."""
+    def _signs(self) -> Tensor:
+        """All signs, float32 (weights,); sets `scales` and `shifts`. A channel with a negative scale has its signs
+        flipped instead: exact, and a quantization step must be positive."""
         signs, norms = [], conv_norm_pairs(self.model)
         for name, layer in weight_layers(self.model):
             weight = layer.weight.detach()
@@ -117,26 +116,22 @@ class _FloatForm:
             signs.append(weight.reshape(-1))
         return torch.cat(signs)
 
-    def _unpacked_signs(self, signs: Tensor) -> dict[str, str]:
+    def _unpacked(self, signs: Tensor) -> dict[str, str]:
         """Nodes that unpack the bits: for each layer the tensor of its -1 and +1, in `weight_type` and its shape."""
-        from onnx import helper
-
-        graph, to = self.graph, helper.np_dtype_to_tensor_dtype
         packed = pack_bits(signs).numpy()  # weight i is bit i % 8 of byte i // 8
-        bits = graph.add(
-            "BitShift", graph.constant(packed[:, None]), graph.constant(range(8), np.uint8), direction="RIGHT"
-        )
-        bits = graph.add("BitwiseAnd", bits, graph.constant(1, np.uint8))  # (bytes, 8) of 0 and 1
-        ones = graph.add("Cast", bits, to=to(np.dtype(np.int32)))  # int32: not every runtime multiplies int8
-        ones = graph.add("Sub", graph.add("Mul", ones, graph.constant(2, np.int32)), graph.constant(1, np.int32))
-        ones = graph.add("Cast", ones, to=to(np.dtype(self.weight_type)))
-        ones = graph.add("Reshape", ones, graph.constant([-1], np.int64))
+        bits = self.constant(packed[:, None]), self.constant(range(8), np.uint8)
+        bits = self.add("BitwiseAnd", self.add("BitShift", *bits, direction="RIGHT"), self.constant(1, np.uint8))
+        x = self.add("Cast", bits, to=INT32)  # (bytes, 8) of 0 and 1; int32: not every runtime multiplies int8
+        x = self.add("Sub", self.add("Mul", x, self.constant(2, np.int32)), self.constant(1, np.int32))
+        x = self.add("Reshape", self.add("Cast", x, to=self.weight_type), self.constant([-1], np.int64))
         layers = weight_layers(self.model)
         counts = [layer.weight.numel() for _, layer in layers]
         unused = [8 * packed.size - len(signs)] if len(signs) % 8 else []
-        parts = graph.add_many("Split", ones, graph.constant(counts + unused, np.int64), outputs=len(counts + unused))
+        sizes = self.constant(counts + unused, np.int64)
+        parts = [self.new_name() for _ in counts + unused]
+        self.add("Split", x, sizes, outputs=parts)
         return {
-            name: graph.add("Reshape", part, graph.constant(layer.weight.shape, np.int64))
+            name: self.add("Reshape", part, self.constant(layer.weight.shape, np.int64))
             for (name, layer), part in zip(layers, parts, strict=False)
         }
 
@@ -153,66 +148,66 @@ class _FloatForm:
 
     def weight_and_bias(self, name: str, x: str) -> tuple[str, str]:
         """Of a convolution whose input is the stored activation `x`."""
-        scale = self.graph.constant(self.scales[name][:, None, None, None])
-        return self.graph.add("Mul", self.signs[name], scale), self.graph.constant(self.shifts[name])
+        scale = self.constant(self.scales[name][:, None, None, None])
+        return self.add("Mul", self.weights[name], scale), self.constant(self.shifts[name])
 
     def zero(self) -> str:
         """The stored form of 0, as a constant."""
-        return self.graph.constant(0, np.float32)
+        return self.constant(0, np.float32)
 
     # The network, as models/resnet_s.py has it:
 
     def build(self) -> onnx.ModelProto:
-        from onnx import TensorProto, helper
+        from onnx import helper
 
         x = self.store(self._normalized("images"), "pixels")
         x = self._convolution("conv1", x, relu=True)
         for stage in ("layer1", "layer2", "layer3"):
             for number, block in enumerate(getattr(self.model, stage)):
                 x = self._block(f"{stage}.{number}", block, x)
-        pooled = self.store(self.graph.add("GlobalAveragePool", self.read(x)), "pooled")
-        self._classifier(self.graph.add("Flatten", self.read(pooled)))
-        images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", 32, 32, 3], "RGB pixels")
-        logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", self.model.linear.out_features])
-        made = helper.make_graph(self.graph.nodes, "binary_resnet", [images], [logits], self.graph.initializers)
+        pooled = self.store(self.add("GlobalAveragePool", self.read(x)), "pooled")
+        self._classifier(self.add("Flatten", self.read(pooled)))
+        images = helper.make_tensor_value_info("images", helper.TensorProto.UINT8, ["N", 32, 32, 3], "RGB pixels")
+        logits = helper.make_tensor_value_info("logits", FLOAT, ["N", self.model.linear.out_features])
+        made = helper.make_graph(self.nodes, "binary_resnet", [images], [logits], self.initializers)
         return helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
 
     def _normalized(self, images: str) -> str:
         """uint8 (N, 32, 32, 3) -> float32 (N, 3, 32, 32): (x / 255 - mean) / std."""
-        graph = self.graph
         # One constant per value of an image, expanded at load: adding three values to planes is slow in runtimes.
-        shape = graph.constant([3, 32, 32], np.int64)
-        scale = graph.add("Expand", graph.constant((1 / (255 * self.std))[:, None, None]), shape)
-        shift = graph.add("Expand", graph.constant((-self.mean / self.std)[:, None, None]), shape)
-        x = graph.add("Cast", graph.add("Transpose", images, perm=[0, 3, 1, 2]), to=1)  # 1: float32
-        return graph.add("Add", graph.add("Mul", x, scale), shift)
+        shape = self.constant([3, 32, 32], np.int64)
+        scale = self.add("Expand", self.constant((1 / (255 * self.std))[:, None, None]), shape)
+        shift = self.add("Expand", self.constant((-self.mean / self.std)[:, None, None]), shape)
+        x = self.add("Cast", self.add("Transpose", images, perm=[0, 3, 1, 2]), to=FLOAT)
+        return self.add("Add", self.add("Mul", x, scale), shift)
 
     def _convolution(self, name: str, x: str, *, relu: bool, stride: int = 1) -> str:
         weight, bias = self.weight_and_bias(name, x)
         strides = {} if stride == 1 else {"strides": [stride, stride]}
-        y = self.graph.add("Conv", self.read(x), weight, bias, pads=[1, 1, 1, 1], **strides)
-        return self.store(self.graph.add("Relu", y) if relu else y, name)
+        y = self.add("Conv", self.read(x), weight, bias, pads=[1, 1, 1, 1], **strides)
+        return self.store(self.add("Relu", y) if relu else y, name)
 
     def _block(self, name: str, block: nn.Module, x: str) -> str:
         y = self._convolution(f"{name}.conv1", x, relu=True, stride=block.stride)
         y = self._convolution(f"{name}.conv2", y, relu=False)
-        added = self.graph.add("Add", self.read(y), self.read(self._shortcut(block, x)))
-        return self.store(self.graph.add("Relu", added), name)
+        added = self.add("Add", self.read(y), self.read(self._shortcut(block, x)))
+        return self.store(self.add("Relu", added), name)
 
     def _shortcut(self, block: nn.Module, x: str) -> str:
         """Every stride-th pixel, and new channels of zeros before and after the old ones."""
         if block.stride == 1 and block.added == 0:
             return x
         # The maximum over one pixel is that pixel: runtimes have a faster kernel for it than for slices with steps.
-        strided = self.graph.add("MaxPool", x, kernel_shape=[1, 1], strides=[block.stride] * 2)
+        strided = self.add("MaxPool", x, kernel_shape=[1, 1], strides=[block.stride] * 2)
         pads = [0, block.added // 2, 0, 0, 0, block.added - block.added // 2, 0, 0]
-        return self.graph.add("Pad", strided, self.graph.constant(pads, np.int64), self.zero())
+        return self.add("Pad", strided, self.constant(pads, np.int64), self.zero())
 
     def _classifier(self, features: str) -> None:
         """In float32 in both forms: 640 products need no speed."""
-        weight = self.graph.add("Cast", self.signs["linear"], to=1) if self.weight_type != np.float32 else None
-        bias = self.graph.constant(self.shifts["linear"])
-        self.graph.add("Gemm", features, weight or self.signs["linear"], bias, transB=1, output="logits")
+        weight = self.weights["linear"]
+        if self.weight_type != FLOAT:
+            weight = self.add("Cast", weight, to=FLOAT)
+        self.add("Gemm", features, weight, self.constant(self.shifts["linear"]), transB=1, outputs=["logits"])
 
 
 class _Int8Form(_FloatForm):
@@ -221,7 +216,7 @@ class _Int8Form(_FloatForm):
     ranges: for each place of a _FloatForm the least and the greatest value to express.
     """
 
-    weight_type = np.int8
+    weight_type = INT8
 
     def __init__(self, model: ResNetS, mean: Any, std: Any, ranges: dict[str, tuple[float, float]]) -> None:
         super().__init__(model, mean, std)
@@ -229,35 +224,34 @@ class _Int8Form(_FloatForm):
         self.steps: dict[str, tuple[np.float32, np.uint8]] = {}  # stored tensor -> quantization step and zero point
 
     def store(self, x: str, place: str) -> str:
-        low, high = (min(self.ranges[place][0], 0.0), max(self.ranges[place][1], 0.0))
+        low, high = min(self.ranges[place][0], 0.0), max(self.ranges[place][1], 0.0)
         step = np.float32(max(high - low, 1e-6) / 255)
         zero = np.uint8(np.clip(round(-low / float(step)), 0, 255))
-        stored = self.graph.add("QuantizeLinear", x, self.graph.constant(step), self.graph.constant(zero))
+        stored = self.add("QuantizeLinear", x, self.constant(step), self.constant(zero))
         self.steps[stored] = step, zero
-        self.places[place] = stored
         return stored
 
     def read(self, x: str) -> str:
         step, zero = self.steps[x]
-        return self.graph.add("DequantizeLinear", x, self.graph.constant(step), self.graph.constant(zero))
+        return self.add("DequantizeLinear", x, self.constant(step), self.constant(zero))
 
     def weight_and_bias(self, name: str, x: str) -> tuple[str, str]:
-        graph, shift, step = self.graph, self.shifts[name].astype(np.float64), float(self.steps[x][0])
+        shift, step = self.shifts[name].astype(np.float64), float(self.steps[x][0])
         # The bias is an int32 multiple of step * scale. Where the scale is 0, or too small for that, the least scale
         # that can express the bias takes its place; what it lets through is below 2e-4 of the bias.
         least = np.maximum(np.abs(shift) / (step * 2.0**30), 1e-12)
         scale = np.maximum(self.scales[name], least).astype(np.float32)
-        steps = graph.constant(scale)
+        steps = self.constant(scale)
+        bias_steps = self.add("Mul", steps, self.constant(step, np.float32))
+        zeros = self.constant(np.zeros(len(scale), np.int8))
         bias = np.round(shift / (step * scale.astype(np.float64))).astype(np.int32)
-        bias_steps = graph.add("Mul", steps, graph.constant(step, np.float32))
-        zeros = graph.constant(np.zeros(len(scale), np.int8))
         return (
-            graph.add("DequantizeLinear", self.signs[name], steps, zeros, axis=0),
-            graph.add("DequantizeLinear", graph.constant(bias), bias_steps, axis=0),
+            self.add("DequantizeLinear", self.weights[name], steps, zeros, axis=0),
+            self.add("DequantizeLinear", self.constant(bias), bias_steps, axis=0),
         )
 
     def zero(self) -> str:
-        return self.graph.constant(0, np.uint8)  # after a ReLU the zero point is 0
+        return self.constant(0, np.uint8)  # after a ReLU the zero point is 0
 
     def _shortcut(self, block: nn.Module, x: str) -> str:
         shortcut = super()._shortcut(block, x)
@@ -266,10 +260,7 @@ class _Int8Form(_FloatForm):
 
 
 def export(
-    model: nn.Module,
-    mean: Sequence[float],
-    std: Sequence[float],
-    calibration: np.ndarray | None = None,
+    model: nn.Module, mean: Sequence[float], std: Sequence[float], calibration: np.ndarray | None = None
 ) -> bytes:
     """The content of an ONNX file for `model`, whose weights are -1 and +1, its BatchNorms (or scales) not folded.
 
@@ -298,14 +289,13 @@ def _activation_ranges(
     The few beyond are clipped; a range that held them would make all steps coarser. On a network of 82.9 % this kept
     the logits closest: 18 of 4,000 predictions changed, with the full range 33, with a ten-thousandth 26.
     """
-    from onnx import TensorProto, helper
+    from onnx import helper
 
-    for name in places.values():
-        made.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-    network = OnnxNetwork(made.SerializeToString())
+    made.graph.output.extend(helper.make_tensor_value_info(name, FLOAT, None) for name in places.values())
+    session = start_session(made.SerializeToString())
     ends: dict[str, list[np.ndarray]] = {place: [] for place in places}
     for start in range(0, len(images), batch):
-        found = network.session.run(list(places.values()), {"images": images[start : start + batch]})
+        found = session.run(list(places.values()), {"images": images[start : start + batch]})
         for place, values in zip(places, found, strict=True):
             ends[place].append(np.quantile(values, [1e-5, 1 - 1e-5]))
     return {place: tuple(np.mean(each, axis=0).tolist()) for place, each in ends.items()}
@@ -329,8 +319,6 @@ def open_network(args: argparse.Namespace) -> OnnxNetwork:
     for name in ("weights_key", "mean", "std"):
         if getattr(args, name) is not None:
             raise UserError(f"--{name.replace('_', '-')}: is not for an ONNX file; leave it out")
-    if not args.checkpoint.is_file():
-        raise UserError(f"{args.checkpoint}: no such file; make it with save_binary_model.py --onnx")
     return OnnxNetwork(args.checkpoint)
 
 

@@ -21,38 +21,32 @@ def what_it_is(loaded: Checkpoint) -> str:
     return f"{loaded.arch}, {KIND_WORDS[loaded.kind]}"
 
 
-def headline(loaded: Checkpoint) -> list[str]:
+def print_headline(loaded: Checkpoint) -> None:
     """What a checkpoint is, in a few lines: path, architecture, kind, epoch, recorded accuracy, notes on reading."""
-    lines = [str(loaded.path), f"  {what_it_is(loaded)}"]
+    print(f"{loaded.path}\n  {what_it_is(loaded)}")
     if _is_number(loaded.epoch, 10**9):
-        lines.append(f"  epoch {loaded.epoch}")
-    return lines + [f"  recorded {words}" for words in recorded_accuracies(loaded)] + notes(loaded)
-
-
-def short_headline(loaded: Checkpoint) -> list[str]:
-    """Path, architecture and kind on one line, notes on reading."""
-    return [f"{loaded.path}: {loaded.arch}, {loaded.kind} weights", *notes(loaded)]
-
-
-def notes(loaded: Checkpoint) -> list[str]:
-    """How the file was read, where that was not plain."""
-    return [f"  {note}" for note in loaded.notes]
-
-
-def recorded_accuracies(loaded: Checkpoint) -> list[str]:
-    """The accuracies that the file says were measured on it; those of latent weights are those of their signs."""
-    names = {"test_accuracy": "test images", "val_accuracy": "held-out images"}
-    of = ", binarized" if loaded.kind == "latent" else ""
+        print(f"  epoch {loaded.epoch}")
     metrics = loaded.metrics
     if loaded.kind == BINARY_1BIT:  # its metadata is short
         metrics = {"test_accuracy": loaded.raw.get("accuracy"), "test_images": loaded.raw.get("test_images")}
-    found = []
-    for key, images in names.items():
-        value, count = metrics.get(key), metrics.get(key.replace("accuracy", "images"))
-        if _is_number(value, 100):
-            scored = f"{count:,} {images}" if type(count) is int and 0 <= count <= 10**9 else images
-            found.append(f"accuracy {value:.2f}% on {scored}{of}")
-    return found
+    for split, images in (("test", "test images"), ("val", "held-out images")):
+        accuracy, count = metrics.get(f"{split}_accuracy"), metrics.get(f"{split}_images")
+        if _is_number(accuracy, 100):
+            scored = f"{count:,} {images}" if _is_number(count, 10**9) else images
+            print(f"  recorded accuracy {accuracy:.2f}% on {scored}" + ", binarized" * (loaded.kind == "latent"))
+    print_notes(loaded)
+
+
+def print_short_headline(loaded: Checkpoint) -> None:
+    """Path, architecture and kind on one line, notes on reading."""
+    print(f"{loaded.path}: {loaded.arch}, {loaded.kind} weights")
+    print_notes(loaded)
+
+
+def print_notes(loaded: Checkpoint) -> None:
+    """How the file was read, where that was not plain."""
+    for note in loaded.notes:
+        print(f"  {note}")
 
 
 def draw_title(figure: Any, title: str, **placed: Any) -> None:
@@ -84,6 +78,4 @@ def fixed(value: float) -> str:
     """`value` in at most 8 characters: with four decimals, or with an exponent where those would not show it."""
     value = value + 0.0  # -0.0 is 0
     text = f"{value:.4f}"
-    if len(text) > 8 or (value != 0 and abs(value) < 0.0005):
-        text = f"{value:.1e}"
-    return text
+    return f"{value:.1e}" if len(text) > 8 or (value != 0 and abs(value) < 0.0005) else text

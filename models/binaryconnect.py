@@ -37,6 +37,14 @@ def is_binary(w: Tensor) -> bool:
     return bool((w.abs() == 1).all())
 
 
+def count_binary_weights(model: nn.Module) -> int:
+    """The number of weights of all Conv2d and Linear. Raises ValueError naming a layer where one is not -1 or +1."""
+    for name, layer in weight_layers(model):
+        if not is_binary(layer.weight):
+            raise ValueError(f"{name}.weight holds values other than -1 and +1")
+    return sum(layer.weight.numel() for _, layer in weight_layers(model))
+
+
 class BC(nn.Module):
     """BinaryConnect around `model`: the weights of every Conv2d and Linear are quantized, nothing else is.
 
@@ -59,10 +67,10 @@ class BC(nn.Module):
         self._saved: list[Tensor] = []  # the latent weights, while the model holds binary ones
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "model":
-            if self.is_binarized:
-                raise RuntimeError("bc.model holds binary weights; call bc.restore() before replacing it")
-            self._layers = _layers_to_binarize(value)
+        if name == "model" and self.is_binarized:
+            raise RuntimeError("bc.model holds binary weights; call bc.restore() before replacing it")
+        if name == "model" and not weight_layers(value):
+            raise ValueError("the model has no Conv2d or Linear whose weights could be binary")
         super().__setattr__(name, value)
 
     @property
@@ -78,13 +86,11 @@ class BC(nn.Module):
     @property
     def target_names(self) -> list[str]:
         """The names within `model` of the `targets()`."""
-        return [f"{name}.weight" if name else "weight" for name, _ in self._layers]
+        return [f"{name}.weight" if name else "weight" for name, _ in weight_layers(self.model)]
 
     def targets(self) -> list[nn.Parameter]:
         """The weights that are binarized, of the layers that the model has now."""
-        if not self.is_binarized:
-            self._layers = _layers_to_binarize(self.model)
-        return [layer.weight for _, layer in self._layers]
+        return [layer.weight for _, layer in weight_layers(self.model)]
 
     def latent_weights(self) -> list[Tensor]:
         """The latent weights, detached, also while the model holds the binary ones. Not copies: do not write."""
@@ -100,8 +106,8 @@ class BC(nn.Module):
 
     @torch.no_grad()
     def save_params(self) -> None:
-        """Save a copy of the latent weights. While the model holds binary weights this does nothing: the latent
-        weights are saved already, and copying now would lose them."""
+        """Save a copy of the latent weights. Does nothing while the model holds binary weights: a copy of those
+        would overwrite the latent ones."""
         if self.is_binarized:
             return
         weights = self.targets()
@@ -109,25 +115,21 @@ class BC(nn.Module):
             self._saved = [torch.empty_like(weight) for weight in weights]
         torch._foreach_copy_(self._saved, weights)  # one kernel launch for all layers, here and below
 
-    def binarization(self) -> None:
+    @torch.no_grad()
+    def binarization(self, quantizer: Quantizer | None = None) -> None:
         """Save the latent weights and put the quantized ones in their place. A second call changes nothing.
 
+        quantizer: another one than that of the wrapper, for this time.
         Raises ValueError, with the model untouched, where a latent weight is NaN and the weights are on the CPU.
         On an accelerator the check would stall the device at each step; there NaN goes through to the loss.
         """
-        self._binarize(self.quantizer)
-
-    @torch.no_grad()
-    def _binarize(self, quantizer: Quantizer) -> None:
         if self.is_binarized:
             return
         self.save_params()
         weights = self.targets()
-        for name, weight in zip(self.target_names, weights, strict=True):
-            # The sum is NaN where a weight is, and faster; infinite weights of both signs make it NaN as well.
-            if weight.device.type == "cpu" and weight.sum().isnan() and weight.isnan().any():
-                raise ValueError(f"{name}: a latent weight is NaN and has no sign")
-        quantized = _quantize(quantizer, weights)
+        if weights[0].device.type == "cpu":
+            _refuse_nan(self.model)
+        quantized = _quantize(quantizer or self.quantizer, weights)
         self.is_binarized = True
         torch._foreach_copy_(weights, quantized)
 
@@ -150,7 +152,7 @@ class BC(nn.Module):
         """`with bc.binarized():` the weights of `scoring_quantizer` inside, the latent ones afterwards, also after
         an exception. Nested inside another binarization it leaves that one as it is."""
         outermost = not self.is_binarized
-        self._binarize(self.scoring_quantizer)
+        self.binarization(self.scoring_quantizer)
         try:
             yield self
         finally:
@@ -162,13 +164,6 @@ class BC(nn.Module):
         return self.model(x)
 
 
-def _layers_to_binarize(model: nn.Module) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
-    layers = weight_layers(model)
-    if not layers:
-        raise ValueError("the model has no Conv2d or Linear whose weights could be binary")
-    return layers
-
-
 def _layout(t: Tensor) -> tuple[object, ...]:
     return t.shape, t.stride(), t.dtype, t.device
 
@@ -178,15 +173,19 @@ def _quantize(quantizer: Quantizer, weights: Sequence[Tensor]) -> Sequence[Tenso
     return signs(weights) if quantizer is deterministic_sign else [quantizer(weight) for weight in weights]
 
 
+def _refuse_nan(model: nn.Module) -> None:
+    for name, layer in weight_layers(model):
+        # The sum is NaN where a weight is, and faster; infinite weights of both signs make it NaN as well.
+        if layer.weight.sum().isnan() and layer.weight.isnan().any():
+            raise ValueError(f"{name}.weight: a weight is NaN and has no sign")
+
+
 @torch.no_grad()
 def binarize_model(model: nn.Module) -> None:
     """Replace every Conv2d and Linear weight by its sign, for good.
 
-    Raises ValueError naming the layer where a weight is NaN.
+    Raises ValueError naming the layer, with the model untouched, where a weight is NaN.
     """
-    layers = weight_layers(model)
-    for name, layer in layers:
-        if layer.weight.isnan().any():
-            raise ValueError(f"{name}.weight: a weight is NaN and has no sign")
-    for _, layer in layers:
+    _refuse_nan(model)
+    for _, layer in weight_layers(model):
         layer.weight.copy_(deterministic_sign(layer.weight))

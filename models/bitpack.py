@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from models import build
-from models.binaryconnect import is_binary, weight_layers
+from models.binaryconnect import count_binary_weights, is_binary, weight_layers
 
 KIND = "binary_1bit"
 
@@ -76,13 +76,13 @@ def scale_and_shift(norm: nn.Module, conv_bias: Tensor | None = None) -> tuple[T
         return t.detach().cpu().double()  # the CPU, because MPS has no float64
 
     if isinstance(norm, ScaleShift):
-        device, scale, shift = norm.scale.device, on_cpu(norm.scale), on_cpu(norm.shift)
+        scale, shift = on_cpu(norm.scale), on_cpu(norm.shift)
     else:
-        device = norm.running_var.device
         scale = (on_cpu(norm.weight) if norm.affine else 1) / (on_cpu(norm.running_var) + norm.eps).sqrt()
         shift = (on_cpu(norm.bias) if norm.affine else 0) - on_cpu(norm.running_mean) * scale
     if conv_bias is not None:
         shift = shift + on_cpu(conv_bias) * scale
+    device = next(norm.buffers()).device
     return scale.float().to(device), shift.float().to(device)
 
 
@@ -117,36 +117,28 @@ def conv_norm_pairs(model: nn.Module) -> dict[str, str]:
     return pairs
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` in the place of `old`, under each of its names."""
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module is old:
-            model.set_submodule(name, new)
-
-
 @torch.no_grad()
-def fold_normalization(model: nn.Module) -> nn.Module:
-    """Multiply each scale into its convolution and add the shift as its bias; changes `model` and returns it, in
-    evaluation mode. Normalization that does not directly follow a convolution stays (see `conv_norm_pairs`).
+def fold_normalization(model: nn.Module, *, into_weights: bool = True) -> nn.Module:
+    """Fold normalization that directly follows a convolution (see `conv_norm_pairs`); the other stays. Changes
+    `model` and returns it, in evaluation mode.
 
-    w' = w * scale per output channel, b' = shift: exact but for float rounding, in evaluation mode only.
+    into_weights: the scale is multiplied into the convolution and the shift is its bias, w' = w * scale per output
+        channel, b' = shift: exact but for float rounding. Otherwise a ScaleShift takes the place of the BatchNorm
+        and of the convolution's bias.
     """
     for conv_name, norm_name in conv_norm_pairs(model.eval()).items():
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
         scale, shift = scale_and_shift(norm, conv.bias)
-        conv.weight = nn.Parameter(conv.weight * scale[:, None, None, None], requires_grad=False)
-        conv.bias = nn.Parameter(shift, requires_grad=False)
-        _replace(model, norm, nn.Identity())
-    return model
-
-
-def _reduce_normalization(model: nn.Module) -> nn.Module:
-    """Replace each BatchNorm that could be folded by its ScaleShift, which takes in the convolution's bias; changes
-    `model` and returns it, in evaluation mode."""
-    for conv_name, norm_name in conv_norm_pairs(model.eval()).items():
-        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
-        _replace(model, norm, ScaleShift(*scale_and_shift(norm, conv.bias)))
-        conv.bias = None
+        if into_weights:
+            conv.weight = nn.Parameter(conv.weight * scale[:, None, None, None], requires_grad=False)
+            conv.bias = nn.Parameter(shift, requires_grad=False)
+            replacement = nn.Identity()
+        else:
+            conv.bias = None
+            replacement = ScaleShift(scale, shift)
+        for name, module in list(model.named_modules(remove_duplicate=False)):
+            if module is norm:  # under each of its names
+                model.set_submodule(name, replacement)
     return model
 
 
@@ -167,16 +159,13 @@ def pack_model(model: nn.Module, arch: str, *, keep_batchnorm: bool = False) -> 
     arch: its name in `models.ARCHITECTURES`. Returns arch, kind, batchnorm, signs and floats (see the module's
     docstring). Raises ValueError naming the layer where a weight is neither -1 nor +1.
     """
-    layers = weight_layers(model)
-    for name, layer in layers:
-        if not is_binary(layer.weight):
-            raise ValueError(f"{name}.weight holds values other than -1 and +1")
-    reduced = model if keep_batchnorm else _reduce_normalization(copy.deepcopy(model))
+    count_binary_weights(model)
+    reduced = model if keep_batchnorm else fold_normalization(copy.deepcopy(model), into_weights=False)
     return {
         "arch": arch,
         "kind": KIND,
         "batchnorm": "kept" if keep_batchnorm else "folded",
-        "signs": pack_bits(torch.cat([layer.weight.detach().reshape(-1) for _, layer in layers])),
+        "signs": pack_bits(torch.cat([layer.weight.detach().reshape(-1) for _, layer in weight_layers(model)])),
         "floats": torch.cat([torch.empty(0), *(t.cpu().float().reshape(-1) for _, t in _floats(reduced))]),
     }
 
@@ -192,16 +181,13 @@ def unpack_model(packed: dict[str, Any], *, fold: bool = True) -> nn.Module:
     """
     model = build(packed["arch"]).eval()
     if packed["batchnorm"] == "folded":
-        _reduce_normalization(model)
+        fold_normalization(model, into_weights=False)
     weights = [layer.weight for _, layer in weight_layers(model)]
     counts = [weight.numel() for weight in weights]
     for weight, signs in zip(weights, unpack_bits(packed["signs"], sum(counts)).split(counts), strict=True):
         weight.copy_(signs.view_as(weight))
-    _load_floats(_floats(model), packed["floats"])
-    return fold_normalization(model) if fold else model
 
-
-def _load_floats(fields: list[tuple[str, Tensor]], floats: Tensor) -> None:
+    fields, floats = _floats(model), packed["floats"]
     sizes = [t.numel() for _, t in fields]
     if floats.dtype != torch.float32 or tuple(floats.shape) != (sum(sizes),):
         raise ValueError(f"{sum(sizes)} float32 values are needed, not {tuple(floats.shape)} of {floats.dtype}")
@@ -211,6 +197,7 @@ def _load_floats(fields: list[tuple[str, Tensor]], floats: Tensor) -> None:
         if name == "running_var" and (values < 0).any():
             raise ValueError("a running variance is negative")
         t.copy_(values.view_as(t))
+    return fold_normalization(model) if fold else model
 
 
 def information_bytes(model: nn.Module, *, float_bytes: int = 4) -> int:
@@ -219,5 +206,5 @@ def information_bytes(model: nn.Module, *, float_bytes: int = 4) -> int:
     39,086 for ResNet-20 with 4-byte floats, 36,314 with 2-byte ones.
     """
     weights = sum(layer.weight.numel() for _, layer in weight_layers(model))
-    floats = sum(t.numel() for _, t in _floats(_reduce_normalization(copy.deepcopy(model))))
+    floats = sum(t.numel() for _, t in _floats(fold_normalization(copy.deepcopy(model), into_weights=False)))
     return (weights + 7) // 8 + float_bytes * floats
