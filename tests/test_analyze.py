@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from engine import checkpoints
 from engine.binarized import find_scale
 from engine.cli import UserError
 from engine.report import fixed, share
-from models import ResNetS, build, weight_layers
+from models import build, weight_layers
 from models.bitpack import information_bytes, pack_model
 
 TOTAL = 268_336
@@ -28,53 +27,46 @@ TOTAL = 268_336
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
-    """call("x.pth"): main() in this process, without its picture; what it printed."""
+    """call("x.pth"): main() in this process, in tmp_path, without its picture; what it printed, at most 80 wide."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(analyze, "draw", lambda *_, **__: None)
 
     def run(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["analyze_binary_weights.py", *map(str, arguments)])
         analyze.main()
-        return capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert max(map(len, printed.splitlines())) <= 80
+        return printed
 
     return run
 
 
-def known_network() -> ResNetS:
-    """Every weight is 0.5 but the last one of each layer, 0.25, and eight of conv1; BatchNorms, which do not count,
-    far outside of [-1, 1]."""
+def test_statistics_of_weights_that_are_known() -> None:
+    w = torch.tensor([[-1.0, -1.0, 1.0, 0.0], [-0.0, 0.5, 2.0, -3.5]])
+    stats = WeightStats("x", w)
+    assert (stats.shape, stats.count, stats.min, stats.max, stats.mean) == ("2x4", 8, -3.5, 2.0, -0.25)
+    assert stats.std == pytest.approx(w.numpy().std())
+    assert (stats.minus_one, stats.plus_one, stats.between, stats.in_range) == (2, 1, 3, 6)
+    assert stats.distance == pytest.approx((0 + 0 + 0 + 1 + 1 + 0.5 + 1 + 2.5) / 8)
+    assert stats.bytes == 32
+    assert WeightStats("b", torch.ones(9)).bytes == 2
+
+
+def test_a_value_next_to_one_is_not_one() -> None:
+    below, above = torch.nextafter(torch.tensor(1.0), torch.tensor([0.0, 2.0]))
+    stats = WeightStats("x", torch.stack([below, above, torch.tensor(-1.0)]))
+    assert (stats.plus_one, stats.between, stats.in_range, stats.binary) == (0, 1, 2, False)
+
+
+def test_the_report_on_latent_weights(tmp_path: Path, run_script: Callable) -> None:
+    """Every weight is 0.5 but the last one of each layer, 0.25, and eight of conv1; BatchNorm does not count."""
     model = build("resnet20")
     for _, layer in weight_layers(model):
         torch.nn.init.constant_(layer.weight, 0.5)
         layer.weight.data.view(-1)[-1] = 0.25
     model.bn1.weight.data.fill_(77.0)
     model.conv1.weight.data.view(-1)[:8] = torch.tensor([-1, -1, -1, 1, 1, 0.0, -0.0, -0.25])
-    return model
-
-
-def save(path: Path, model: ResNetS, kind: str) -> Path:
-    checkpoints.save(path, checkpoints.make("resnet20", kind, model.state_dict()))
-    return path
-
-
-def test_statistics_of_weights_that_are_known() -> None:
-    w = torch.tensor([[-1.0, -1.0, 1.0, 0.0], [-0.0, 0.5, 2.0, -3.5]])
-    stats = WeightStats.of("x", w)
-    assert (stats.count, stats.min, stats.max, stats.mean) == (8, -3.5, 2.0, -0.25)
-    assert stats.std == pytest.approx((sum((v + 0.25) ** 2 for v in w.view(-1).tolist()) / 8) ** 0.5)
-    assert (stats.minus_one, stats.plus_one, stats.between, stats.in_range) == (2, 1, 3, 6)
-    assert stats.distance == pytest.approx((0 + 0 + 0 + 1 + 1 + 0.5 + 1 + 2.5) / 8)
-    assert stats.bytes == 32
-    assert WeightStats.of("b", torch.ones(9)).bytes == 2
-
-
-def test_a_value_next_to_one_is_not_one() -> None:
-    below, above = torch.nextafter(torch.tensor(1.0), torch.tensor([0.0, 2.0]))
-    stats = WeightStats.of("x", torch.stack([below, above, torch.tensor(-1.0)]))
-    assert (stats.plus_one, stats.between, stats.in_range, stats.binary) == (0, 1, 2, False)
-
-
-def test_the_report_on_latent_weights(tmp_path: Path, run_script: Callable) -> None:
-    save(tmp_path / "best_model.pth", known_network(), "latent")
+    checkpoints.save(tmp_path / "best_model.pth", checkpoints.make("resnet20", "latent", model.state_dict()))
     printed = run_script("analyze_binary_weights.py", "--output-dir", "new", cwd=tmp_path).stdout
     assert (
         "⚠ Weights are CLIPPED to [-1, 1] but NOT fully binarized\n"
@@ -99,9 +91,7 @@ def test_the_report_on_latent_weights(tmp_path: Path, run_script: Callable) -> N
     assert max(map(len, printed.splitlines())) <= 80
     (saved,) = (tmp_path / "new").iterdir()
     assert saved.name.endswith("_histograms.png")
-    picture = saved.read_bytes()
-    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
-    assert picture.endswith(b"IEND\xaeB`\x82")
+    assert saved.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 def test_binary_weights_and_the_one_bit_file_agree(tmp_path: Path, call: Callable) -> None:
@@ -113,55 +103,45 @@ def test_binary_weights_and_the_one_bit_file_agree(tmp_path: Path, call: Callabl
         f"  Exactly +1: {plus:,} ({100 * plus / TOTAL:.2f}%)\n"
         "  In between: 0 (0.00%)\n"
     )
-    save(tmp_path / "binary.pth", model, "binary")
-    for keep in (False, True):
-        packed = checkpoints.make("resnet20", checkpoints.BINARY_1BIT, None) | pack_model(
-            model, "resnet20", keep_batchnorm=keep
-        )
-        checkpoints.save(tmp_path / f"1bit-{keep}.pth", packed)
+    save_checkpoint(tmp_path / "binary.pth", "binary")
     torch.save(model.state_dict(), tmp_path / "bare.pth")
-    printed = [call(path, "--output-dir", tmp_path) for path in sorted(tmp_path.glob("*.pth"))]
+    for keep in (False, True):
+        packed = checkpoints.make("resnet20", checkpoints.BINARY_1BIT, None)
+        checkpoints.save(tmp_path / f"1bit-{keep}.pth", packed | pack_model(model, "resnet20", keep_batchnorm=keep))
+    printed = {path.name: call(path.name) for path in tmp_path.glob("*.pth")}
     assert len(printed) == 4
-    for text in printed:
+    for name, text in printed.items():
         assert expected in text
-        assert "Saturated" not in text
-        assert text.count("BatchNorm folded") == ("1bit-False" not in text)
-    tables = {text[text.index("layer  ") : text.index("size of")] for text in printed}
-    assert len(tables) == 1
+        assert text.count("BatchNorm folded") == (name != "1bit-False.pth")
+    assert len({text[text.index("layer  ") : text.index("size of")] for text in printed.values()}) == 1
 
 
-def verdict(total: WeightStats, kind: str) -> list[str]:
-    """Of a file whose one layer has these statistics."""
-    return analyze.verdict([total], total, kind)
+CLIPPED = ["⚠ Weights are CLIPPED to [-1, 1] but NOT fully binarized"]
+UNKNOWN = "does not prove BinaryConnect: 99.98 % of a published float ResNet-20 lies in [-1, 1]."
+INSIDE = torch.tensor([-1.0, 1.0, 0.25, -0.0])
+OUTSIDE = torch.cat([torch.full((99_999,), 0.5), torch.tensor([1.0001])])
 
 
-def test_the_verdict_depends_on_range_and_kind() -> None:
-    inside = WeightStats.of("all", torch.tensor([-1.0, 1.0, 0.25, -0.0]))
-    clipped = "⚠ Weights are CLIPPED to [-1, 1] but NOT fully binarized"
-    in_range = "  100.00% of weights are between -1 and +1"
-    saturated = "  Saturated, exactly -1 or +1: 2 (50.00%)"
-    assert verdict(inside, "latent") == [clipped, in_range, saturated]
-    unknown = verdict(inside, "unknown")
-    assert unknown[:3] == [clipped, in_range, saturated]
-    assert "does not prove BinaryConnect: 99.98 % of a published" in " ".join(" ".join(unknown[3:]).split())
-    as_float = verdict(inside, "float")
-    assert "CLIPPED" not in "".join(as_float)
-    assert as_float[0].startswith("✗ Weights are full precision")
-    assert as_float[1].startswith(in_range)
-
-
-@pytest.mark.parametrize("kind", ["latent", "float", "unknown"])
-def test_one_weight_outside_is_neither(kind: str) -> None:
-    stats = WeightStats.of("all", torch.cat([torch.full((99_999,), 0.5), torch.tensor([1.0001])]))
-    lines = verdict(stats, kind)
-    assert lines[0] == "✗ Weights are neither clipped to [-1, 1] nor binarized"
-    assert lines[1] == "  >99.99% of weights are between -1 and +1"
-    assert lines[2] == "  Outside: 1 (<0.01%), min 0.5, max 1.0001"
-    assert ("but those are clipped" in lines[-1]) == (kind == "latent")
-
-
-def test_latent_weights_that_are_all_saturated_are_binary() -> None:
-    assert verdict(WeightStats.of("all", torch.tensor([1.0, -1.0])), "latent")[0].startswith("✓")
+@pytest.mark.parametrize(
+    ("w", "kind", "expected"),
+    [
+        (INSIDE, "latent", [*CLIPPED, "100.00% of weights are between -1 and +1", "-1 or +1: 2 (50.00%)"]),
+        (INSIDE, "unknown", [*CLIPPED, "-1 or +1: 2 (50.00%)", UNKNOWN]),
+        (INSIDE, "float", ["✗ Weights are full precision (float)", "-1 or +1: 2 (50.00%)"]),
+        (torch.tensor([1.0, -1.0]), "latent", ["✓ Weights appear to be BINARIZED"]),
+        *(
+            (OUTSIDE, kind, ["✗ Weights are neither clipped", ">99.99% of weights", "Outside: 1 (<0.01%), min 0.5"])
+            for kind in ("latent", "float", "unknown")
+        ),
+    ],
+)
+def test_the_verdict_depends_on_range_and_kind(w: torch.Tensor, kind: str, expected: list[str]) -> None:
+    """Of a file whose one layer has these weights."""
+    stats = WeightStats("all", w)
+    text = " ".join(" ".join(analyze.verdict([stats], stats, kind)).split())
+    assert all(words in text for words in expected)
+    assert ("CLIPPED" in text) == (expected[0] in CLIPPED)
+    assert ("prove" in text) == (UNKNOWN in expected)
 
 
 def changed(w: torch.Tensor, channel: int, where: int | slice, value: float) -> torch.Tensor:
@@ -226,45 +206,38 @@ def scaled_file(path: Path, per_channel: bool = False, zeros: float = 0, real: t
     return path
 
 
-@pytest.mark.parametrize(("per_channel", "words"), [(False, "layer"), (True, "output channel")])
-def test_weights_that_are_binary_up_to_a_scale(tmp_path: Path, call: Callable, per_channel: bool, words: str) -> None:
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_weights_that_are_binary_up_to_a_scale(tmp_path: Path, call: Callable, per_channel: bool) -> None:
     path = scaled_file(tmp_path / "x.pth", per_channel)
-    printed = call(path, "--output-dir", tmp_path)
-    scales = [
-        a
-        for _, layer in weight_layers(checkpoints.load(path).model())
-        for a in layer.weight.abs().flatten(1)[:, 0].tolist()
-    ]
+    printed, words = call("x.pth"), "output channel" if per_channel else "layer"
+    layers = weight_layers(checkpoints.load(path).model())
+    scales = [a for _, layer in layers for a in layer.weight.abs().flatten(1)[:, 0].tolist()]
     assert f"Weights are BINARY UP TO A SCALE (-a and +a in each {words})\n" in printed
     assert f"a from {min(scales):.4g} to {max(scales):.4g}\n" in printed
-    assert "CLIPPED" not in printed
-    assert "neither" not in printed
-    assert len(re.findall(rf"^layer\S+ +-a and +\+a in each {words} +0\.\d+ +0\.\d+ +0\.00%$", printed, re.M)) == 18
+    assert len(re.findall(rf"^layer\S+ +-a and \+a in each {words} +0\.\d+ +0\.\d+ +0\.00%$", printed, re.M)) == 18
     size = TOTAL // 8 + 4 * (698 if per_channel else 20)
     assert re.search(rf"^all 20 layers +100\.00% .* {size:,}$", printed, re.M)
-    assert max(map(len, (line for line in printed.splitlines() if str(tmp_path) not in line))) <= 80
 
 
-def test_ternary_weights(tmp_path: Path, call: Callable) -> None:
-    printed = call(scaled_file(tmp_path / "x.pth", zeros=0.36), "--output-dir", tmp_path)
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_ternary_weights(tmp_path: Path, call: Callable, per_channel: bool) -> None:
+    scaled_file(tmp_path / "x.pth", per_channel, zeros=0.36)
+    printed = call("x.pth")
     zeros = float(re.search(r"Weights are TERNARY \(-a, 0, \+a\), ([\d.]+)% zeros\n", printed)[1])
     assert zeros == pytest.approx(36, abs=0.5)
-    assert "one in each layer" in printed
-    printed = call(scaled_file(tmp_path / "x.pth", True, zeros=0.36), "--output-dir", tmp_path)
-    assert "Weights are TERNARY (-a, 0, +a), 3" in printed
-    assert "one in each output channel" in printed
+    assert f"one in each {'output channel' if per_channel else 'layer'}" in printed
 
 
 def test_a_zero_that_torch_sign_left_is_ternary(tmp_path: Path, call: Callable) -> None:
     model = binary_network()
     model.layer1[0].conv1.weight.data[0, 0, 0, 0] = 0
     torch.save(model.state_dict(), tmp_path / "x.pth")
-    printed = call(tmp_path / "x.pth", "--output-dir", tmp_path)
-    assert "Weights are TERNARY (-a, 0, +a), <0.01% zeros\n" in printed
+    assert "Weights are TERNARY (-a, 0, +a), <0.01% zeros\n" in call("x.pth")
 
 
 def test_a_mixed_file_is_described_layer_by_layer(tmp_path: Path, call: Callable) -> None:
-    printed = call(scaled_file(tmp_path / "x.pth", True, real=("conv1", "linear")), "--output-dir", tmp_path)
+    scaled_file(tmp_path / "x.pth", True, real=("conv1", "linear"))
+    printed = call("x.pth")
     assert "Weights are MIXED" in printed
     assert "18 of 20 layers: -a and +a in each output channel\n" in printed
     assert "2 of 20 layers: real numbers\n" in printed
@@ -272,27 +245,22 @@ def test_a_mixed_file_is_described_layer_by_layer(tmp_path: Path, call: Callable
     assert re.search(r"^layer3\.2\.conv2 +-a and \+a in each output channel", printed, re.M)
 
 
-def test_networks_that_are_no_resnets(tmp_path: Path, call: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("arch", NEW_NETWORKS)
+def test_networks_that_are_no_resnets(
+    arch: str, tmp_path: Path, call: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     register_new_networks(monkeypatch)
-    for arch, network in NEW_NETWORKS.items():
-        model = network()
-        checkpoints.save(tmp_path / "x.pth", checkpoints.make(arch, "latent", model.state_dict()))
-        printed = call(tmp_path / "x.pth", "--output-dir", tmp_path)
-        layers = weight_layers(model)
-        count = sum(layer.weight.numel() for _, layer in layers)
-        assert re.search(rf"^all {len(layers)} layers +{count:,} ", printed, re.M)
-        assert re.search(rf" {information_bytes(model):,} +[\d.]+x$", printed, re.M)
-        assert all(re.search(rf"^{re.escape(name)} ", printed, re.M) for name, _ in layers)
+    model = checkpoints.load(save_checkpoint(tmp_path / "x.pth", "latent", arch=arch)).model()
+    printed, layers = call("x.pth"), weight_layers(model)
+    count = sum(layer.weight.numel() for _, layer in layers)
+    assert re.search(rf"^all {len(layers)} layers +{count:,} ", printed, re.M)
+    assert re.search(rf" {information_bytes(model):,} +[\d.]+x$", printed, re.M)
+    assert all(re.search(rf"^{re.escape(name)} ", printed, re.M) for name, _ in layers)
 
 
 def test_a_share_is_0_or_100_only_where_it_is_exact() -> None:
-    assert [share(part, 10**6) for part in (0, 1, 123_456, 10**6 - 1, 10**6)] == [
-        "0.00%",
-        "<0.01%",
-        "12.35%",
-        ">99.99%",
-        "100.00%",
-    ]
+    shown = [share(part, 10**6) for part in (0, 1, 123_456, 10**6 - 1, 10**6)]
+    assert shown == ["0.00%", "<0.01%", "12.35%", ">99.99%", "100.00%"]
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -999.99, 1e-9, -1e-38, 123456.0, 3e38, -3e38])
@@ -307,55 +275,45 @@ def test_the_largest_network_and_wild_values_fit_the_screen(tmp_path: Path, call
     model.conv1.weight.data.mul_(3e38)
     model.linear.weight.data.mul_(1e-30)
     checkpoints.save(tmp_path / "x.pth", checkpoints.make("resnet110", "float", model.state_dict()))
-    printed = call(tmp_path / "x.pth", "--output-dir", tmp_path)
-    lines = [line for line in printed.splitlines() if str(tmp_path) not in line]
-    assert max(map(len, lines)) <= 80
-    assert sum(line.startswith("layer3.17.conv2 64x64x3x3") for line in lines) == 1
+    assert sum(line.startswith("layer3.17.conv2 64x64x3x3") for line in call("x.pth").splitlines()) == 1
 
 
 @pytest.mark.parametrize("clipped", [True, False])
-def test_the_picture_takes_any_weights(tmp_path: Path, clipped: bool) -> None:
-    weights = {"a": torch.zeros(4), "b": torch.tensor([1.0, -1.0]), "c": torch.tensor([3e38, -1.0, 0.0])}
-    if clipped:
-        weights["c"] = weights["c"].clamp(-1, 1)
-    layers = [replace(WeightStats.of(name, w), count=w.numel()) for name, w in weights.items()]
-    analyze.draw(tmp_path / "x.png", "title", layers, weights, clipped=clipped)
-    assert (tmp_path / "x.png").stat().st_size > 10_000
-
-
-def test_the_label_beside_the_histogram_is_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its ticks have most characters where the highest bar has a fifth of the weights: 17.5."""
-    left = []
+def test_the_picture_takes_any_weights(tmp_path: Path, clipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the label beside the histogram is on the page: its ticks are longest where a bar is near 17.5 %."""
+    left, save = [], Figure.savefig
 
     def look(figure: Figure, *args: object, **more: object) -> None:
         left.append(figure.axes[0].yaxis.get_tightbbox(FigureCanvasAgg(figure).get_renderer()).x0)
         save(figure, *args, **more)
 
-    save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", look)
-    w = torch.cat([torch.linspace(-0.99, 0.99, 800), torch.full((180,), -1.0)])
-    analyze.draw(tmp_path / "x.png", "title", [WeightStats.of("a", w)] * 5, {"a": w}, clipped=True)
+    steps = torch.cat([torch.linspace(-0.99, 0.99, 800), torch.full((180,), -1.0)])
+    weights = {"a": steps, "b": torch.zeros(4), "c": torch.tensor([1.0, -1.0])}
+    if not clipped:
+        weights["d"] = torch.tensor([3e38, -1.0, 0.0])
+    analyze.draw(tmp_path / "x.png", "title", weights, clipped=clipped)
+    assert (tmp_path / "x.png").stat().st_size > 10_000
     assert left[0] >= 0
 
 
 def test_bad_input_is_named(tmp_path: Path, call: Callable) -> None:
-    good = save_checkpoint(tmp_path / "good.pth", "latent")
+    save_checkpoint(tmp_path / "good.pth", "latent")
     model = random_network()
     model.layer2[1].conv1.weight.data[0, 0, 0, 0] = float("nan")
     torch.save(model.state_dict(), tmp_path / "nan.pth")
-    torch.save({"fc.weight": torch.ones(3)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"nan\.pth: layer2\.1\.conv1\.weight holds NaN"):
-        call(tmp_path / "nan.pth", "--output-dir", tmp_path)
-    for name in ("other.pth", "missing.pth"):
-        with pytest.raises(UserError, match=name):
-            call(tmp_path / name, "--output-dir", tmp_path)
-    with pytest.raises(UserError, match="--output-dir"):
-        call(good, "--output-dir", good)
-    with pytest.raises(UserError, match="--depth"):
-        call(good, "--depth", 20)
+    for arguments, named in (
+        (["nan.pth"], r"nan\.pth: layer2\.1\.conv1\.weight"),
+        (["missing.pth"], "missing"),
+        (["good.pth", "--output-dir", "good.pth"], "--output-dir"),
+        (["good.pth", "--depth", 20], "--depth"),
+    ):
+        with pytest.raises(UserError, match=named):
+            call(*arguments)
 
 
-def test_an_error_is_one_line_and_exit_status_2(tmp_path: Path, run_script: Callable) -> None:
-    done = run_script("analyze_binary_weights.py", cwd=tmp_path, check=False)
+@pytest.mark.parametrize("script", ["analyze_binary_weights.py", "eval.py"])
+def test_an_error_is_one_line_and_exit_status_2(script: str, tmp_path: Path, run_script: Callable) -> None:
+    done = run_script(script, cwd=tmp_path, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"Error: best_model\.pth: no such file; .*\n", done.stderr)
+    assert re.fullmatch(r"Error: best_model\.pth: .*\n", done.stderr)
