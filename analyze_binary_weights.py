@@ -240,10 +240,10 @@ def main() -> None:
     layers = [WeightStats(name, w, find_scale(w)) for name, w in weights.items()]
     total = WeightStats(f"all {len(layers)} layers", torch.cat([w.reshape(-1) for w in weights.values()]))
 
-    report.print_headline(loaded)
+    print(*report.headline(loaded), sep="\n")
     print_tables(layers, total)
     print_sizes(model, total)
-    print("\n" + "\n".join(verdict(layers, total, loaded.kind)))
+    print("", *verdict(layers, total, loaded.kind), sep="\n")
     clipped = total.in_range == total.count and loaded.kind not in ("float", "unknown")
     picture = folder / f"{loaded.path.stem}_histograms.png"
     draw(picture, f"{loaded.path.name}: {report.what_it_is(loaded)}", weights, clipped=clipped)

@@ -143,7 +143,7 @@ def main() -> None:
         loaded = checkpoints.load(path, weights_key=args.weights_key)
         model, what, scale = loaded.model(), report.what_it_is(loaded), loaded.logit_scale
         model.to(device, memory_format=torch.channels_last)
-        report.print_headline(loaded)
+        print(*report.headline(loaded), sep="\n")
         if loaded.kind == "latent":
             print(LATENT_NOTE)
             if loaded.quantizer in SIGN_QUANTIZERS:

@@ -58,7 +58,7 @@ def main() -> None:
         )
     keep_source(args.checkpoint, made)
 
-    report.print_short_headline(loaded)
+    print(*report.short_headline(loaded), sep="\n")
     used = normalization.choose(loaded, args, cifar10.MEAN, cifar10.STD)
     model = binarized.binarized_model(loaded)
     count_binary_weights(model)  # raises where one is not

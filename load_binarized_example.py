@@ -47,7 +47,8 @@ def main() -> None:
     else:
         loaded = checkpoints.load(args.checkpoint, weights_key=args.weights_key)
         model = binary_network(loaded).to(device, memory_format=torch.channels_last)
-        report.print_notes(loaded)
+        for note in report.notes(loaded):
+            print(note)
         used = normalization.choose(loaded, args, cifar10.MEAN, cifar10.STD)
         test = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
         batches = cifar10.eval_batches(test.test, args.batch_size, device, **used)

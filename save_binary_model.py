@@ -168,7 +168,7 @@ def main() -> None:
     args.device = cli.select_device(args.device, args.threads)
     folder = cli.prepare_output_dir(args.output_dir)
     loaded = load_source(args)
-    report.print_short_headline(loaded)
+    print(*report.short_headline(loaded), sep="\n")
     used = normalization.choose(loaded, args, cifar10.MEAN, cifar10.STD)
     model = binarized.binarized_model(loaded)
     calibration = CALIBRATION_IMAGES if args.int8 else None

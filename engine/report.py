@@ -21,11 +21,11 @@ def what_it_is(loaded: Checkpoint) -> str:
     return f"{loaded.arch}, {KIND_WORDS[loaded.kind]}"
 
 
-def print_headline(loaded: Checkpoint) -> None:
+def headline(loaded: Checkpoint) -> list[str]:
     """What a checkpoint is, in a few lines: path, architecture, kind, epoch, recorded accuracy, notes on reading."""
-    print(f"{loaded.path}\n  {what_it_is(loaded)}")
+    lines = [str(loaded.path), f"  {what_it_is(loaded)}"]
     if _is_number(loaded.epoch, 10**9):
-        print(f"  epoch {loaded.epoch}")
+        lines.append(f"  epoch {loaded.epoch}")
     metrics = loaded.metrics
     if loaded.kind == BINARY_1BIT:  # its metadata is short
         metrics = {"test_accuracy": loaded.raw.get("accuracy"), "test_images": loaded.raw.get("test_images")}
@@ -33,20 +33,20 @@ def print_headline(loaded: Checkpoint) -> None:
         accuracy, count = metrics.get(f"{split}_accuracy"), metrics.get(f"{split}_images")
         if _is_number(accuracy, 100):
             scored = f"{count:,} {images}" if _is_number(count, 10**9) else images
-            print(f"  recorded accuracy {accuracy:.2f}% on {scored}" + ", binarized" * (loaded.kind == "latent"))
-    print_notes(loaded)
+            lines.append(
+                f"  recorded accuracy {accuracy:.2f}% on {scored}" + ", binarized" * (loaded.kind == "latent")
+            )
+    return lines + notes(loaded)
 
 
-def print_short_headline(loaded: Checkpoint) -> None:
+def short_headline(loaded: Checkpoint) -> list[str]:
     """Path, architecture and kind on one line, notes on reading."""
-    print(f"{loaded.path}: {loaded.arch}, {loaded.kind} weights")
-    print_notes(loaded)
+    return [f"{loaded.path}: {loaded.arch}, {loaded.kind} weights", *notes(loaded)]
 
 
-def print_notes(loaded: Checkpoint) -> None:
+def notes(loaded: Checkpoint) -> list[str]:
     """How the file was read, where that was not plain."""
-    for note in loaded.notes:
-        print(f"  {note}")
+    return [f"  {note}" for note in loaded.notes]
 
 
 def draw_title(figure: Any, title: str, **placed: Any) -> None:

@@ -159,8 +159,6 @@ SCALES = {  # name: weights, (ternary, per, smallest a, largest a, zeros)
     "one a": (0.37 * SIGNS, (False, LAYER, 0.37, 0.37, 0)),
     "exactly -1 and +1": (SIGNS, (False, LAYER, 1, 1, 0)),
     "an a per channel": (PER_CHANNEL, (False, CHANNEL, 1 / 7, 6 / 7, 0)),
-    "a convolution": (PER_CHANNEL.view(6, 1, 4, 4), (False, CHANNEL, 1 / 7, 6 / 7, 0)),
-    "one channel all plus": (changed(PER_CHANNEL, 6 - 1, slice(None), 6 / 7), (False, CHANNEL, 1 / 7, 6 / 7, 0)),
     "all plus": (torch.full((6, 16), 0.2), (False, LAYER, 0.2, 0.2, 0)),
     "a channel of zeros": (changed(0.5 * SIGNS, 3, slice(None), 0), (False, CHANNEL, 0, 0.5, 16)),
     "rounded to float16": (PER_CHANNEL.half().float(), (False, CHANNEL, 1 / 7, 6 / 7, 0)),
@@ -168,9 +166,7 @@ SCALES = {  # name: weights, (ternary, per, smallest a, largest a, zeros)
     "two steps of float16 apart": (0.5 * SIGNS * STEP**2, None),
     "one weight of another size": (changed(0.5 * SIGNS, 0, 0, 0.4), None),
     "tiny": (1e-30 * SIGNS, (False, LAYER, 1e-30, 1e-30, 0)),
-    "huge": (3e38 * SIGNS, (False, LAYER, 3e38, 3e38, 0)),
     "ternary": (0.3 * SIGNS * ZEROS, (True, LAYER, 0.3, 0.3, 6)),
-    "-1, 0 and +1": (SIGNS * ZEROS, (True, LAYER, 1, 1, 6)),
     "ternary per channel": (PER_CHANNEL * ZEROS, (True, CHANNEL, 1 / 7, 6 / 7, 6)),
     "ternary with a channel of zeros": (
         changed(PER_CHANNEL * ZEROS, 0, slice(None), 0),
@@ -178,7 +174,6 @@ SCALES = {  # name: weights, (ternary, per, smallest a, largest a, zeros)
     ),
     "zeros only": (torch.zeros(6, 16), (True, LAYER, 0, 0, 96)),
     "one weight a channel": (PER_CHANNEL[:, :1], None),
-    "one weight a channel, the others pruned": (PER_CHANNEL * torch.eye(6, 16), None),
     "real numbers": (torch.linspace(-1, 1, 96).view(6, 16), None),
 }
 

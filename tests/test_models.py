@@ -168,17 +168,19 @@ POSIX_ONLY = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslo
 EVERY_FILE = [*SCRIPTS, *PACKAGES["models"], *PACKAGES["engine"]]
 
 
-def nodes_outside_functions(node: ast.AST) -> Iterator[ast.AST]:
+def nodes(node: ast.AST, *, into_functions: bool) -> Iterator[ast.AST]:
+    """All below `node`, what is for the type checker only left out."""
     for child in ast.iter_child_nodes(node):
         for_the_type_checker = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
-        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not for_the_type_checker:
+        is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if not for_the_type_checker and (into_functions or not is_function):
             yield child
-            yield from nodes_outside_functions(child)
+            yield from nodes(child, into_functions=into_functions)
 
 
-def imports(nodes: Iterator[ast.AST]) -> Iterator[str]:
+def imports(found: Iterator[ast.AST]) -> Iterator[str]:
     """The dotted names that are imported; `from models import BC` gives models.BC."""
-    for node in nodes:
+    for node in found:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -186,16 +188,16 @@ def imports(nodes: Iterator[ast.AST]) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def roots(path: Path, *, module_level: bool = False) -> set[str]:
+def roots(path: Path, *, into_functions: bool) -> set[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    return {name.split(".")[0] for name in imports(nodes_outside_functions(tree) if module_level else ast.walk(tree))}
+    return {name.split(".")[0] for name in imports(nodes(tree, into_functions=into_functions))}
 
 
 @pytest.mark.parametrize("path", EVERY_FILE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_one_way_and_name_stated_packages(path):
     ours = {"models", "engine", "cifar10"} | {script.stem for script in SCRIPTS}
     allowed = {"models": {"models"}, "engine": {"engine", "models"}}
-    at_once, ever = roots(path, module_level=True), roots(path)
+    at_once, ever = roots(path, into_functions=False), roots(path, into_functions=True)
     assert ever & ours <= allowed.get(path.relative_to(ROOT).parts[0], {"engine", "models", "cifar10"})
     assert ever - ours - set(sys.stdlib_module_names) <= RUN_TIME | LAZILY
     assert not at_once & (LAZILY | POSIX_ONLY), "import it in the function that needs it"
