@@ -6,6 +6,7 @@ is refused and not the kind of file; code in a file would create CANARY in the w
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import pickle
@@ -192,7 +193,7 @@ def of_another_kind() -> Iterator[Case]:
         "noise after PK": b"PK\x03\x04" + random.Random(3).randbytes(10_000),
         "noise after a magic number": MAGIC + random.Random(4).randbytes(10_000),
         "a magic number alone": MAGIC,
-        "an empty zip": archive({}, version=False),
+        "an empty zip": archive({}, folder=""),
         "a zip with no folder": archive({"data.pkl": pickle.dumps({}, 2)}, folder=""),
         "constants beside a pickle": archive({"data.pkl": shell, "constants.pkl": shell}),
         "code beside a pickle": archive({"data.pkl": shell, "code/__torch__.py": b"import os"}),
@@ -212,33 +213,22 @@ def of_another_kind() -> Iterator[Case]:
 # -- pickles written by hand -----------------------------------------------------------------------------------
 
 
-def archive(
-    parts: dict[str, bytes],
-    *,
-    folder: str = "archive/",
-    version: bool = True,
-    order: bytes = b"little",
-    **options: Any,
-) -> bytes:
+def archive(parts: dict[str, bytes], folder: str = "archive/", order: bytes = b"little", **options: Any) -> bytes:
     """A zip as torch.save lays it out."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", **options) as file:
         for name, data in parts.items():
             file.writestr(folder + name, data.replace(STORAGE, b"tQ"))
-        if version:
+        if folder:
             file.writestr(f"{folder}byteorder", order)
-            file.writestr(f"{folder}version", b"3\n")
     return content.getvalue()
 
 
-def legacy(data: bytes, storages: dict[str, tuple[int, bytes]] | None = None) -> bytes:
-    """A pickle as the third object of a file before 1.6; storages: the number of values of each, and its bytes."""
+def legacy(data: bytes) -> bytes:
+    """A pickle as the third object of a file before 1.6, with no storages behind it."""
     system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
     data = data.replace(STORAGE, b"NtQ")  # not a view of a part of it
-    end = b"".join(struct.pack("<q", count) + content for count, content in (storages or {}).values())
-    return (
-        MAGIC + pickle.dumps(1001, 2) + pickle.dumps(system, 2) + data + pickle.dumps(list(storages or {}), 2) + end
-    )
+    return MAGIC + pickle.dumps(1001, 2) + pickle.dumps(system, 2) + data + pickle.dumps([], 2)
 
 
 def text(value: str) -> bytes:
@@ -413,13 +403,16 @@ def _overlapping(count: int = 250, kernel: int = 8_000_000) -> bytes:
 
 def _deflated(base: Base) -> bytes:
     with zipfile.ZipFile(io.BytesIO(base.content)) as old:
-        parts = {info.filename.split("/", 1)[1]: old.read(info) for info in old.infolist()}
-    return archive(parts, version=False, compression=zipfile.ZIP_DEFLATED)
+        parts = {
+            info.filename.split("/", 1)[1]: old.read(info) for info in old.infolist() if "/data" in info.filename
+        }
+    return archive(parts, compression=zipfile.ZIP_DEFLATED)
 
 
 def bombs() -> Iterator[Case]:
     million, pairs = text("x" * 1_000_000), listed(b"K\x01K\x02\x86" * 20_000)
     thing, loop, many = call("a", "B"), b"h\x00", tupled(b"N" * 400_000)
+    file = b"B" + struct.pack("<I", 10**6) + b"\x80\x02N.".ljust(10**6)
     from_buffer = name("numpy.core.numeric", "_frombuffer") + tupled(loop, U1, numbers([10**6]), text("C")) + b"R"
     of_a_doubled_type = b"(" + text("storage") + _doubled(b")", 40) + text("0") + text("cpu") + b"K\x01" + STORAGE
     sizes = {
@@ -428,11 +421,7 @@ def bombs() -> Iterator[Case]:
         "sets copied": _remembered(listed(*map(whole, range(50_000))), b"c__builtin__\nset\nh\x00\x85R", 20_000),
         "dictionaries copied": _remembered(pairs, b"ccollections\nOrderedDict\nh\x00\x85R", 20_000),
         "arrays copied": _remembered(million, from_buffer, 20_000),
-        "files in the file copied": _remembered(
-            b"B" + struct.pack("<I", 10**6) + b"\x80\x02N.".ljust(10**6),
-            b"ctorch.storage\n_load_from_bytes\nh\x00\x85R",
-            20_000,
-        ),
+        "files in the file copied": _remembered(file, b"ctorch.storage\n_load_from_bytes\nh\x00\x85R", 20_000),
         "a memo of 2**31": b"Nr\xff\xff\xff\x7f",
         "a memo of 10**9, in words": b"Np1000000000\n",
         "lists a hundred thousand deep": b"]" * 100_000 + b"a" * 99_999,
@@ -494,6 +483,9 @@ def crooked() -> Iterator[Case]:
     """Declared sizes that do not fit together, and types that are none."""
     four, rebuild = bytes(16), ("torch._utils", "_rebuild_tensor_v2")
     view = tupled(text("v"), whole(0), whole(2))  # as torch 0.3 could have it
+    part = b"(" + text("storage") + name("torch", "FloatStorage") + text("0") * 2 + b"K\x04" + view + b"tQ"
+    negated = storage(4), whole(0), numbers([4]), numbers([1]), b"\x89", b"N", dictionary(neg=b"\x88")
+    buffers = {"_buffers": dictionary(a=tensor(4, [4], [1])), "_non_persistent_buffers_set": b"K\x05"}
     shapes = {
         "more values than stored": tensor(4, [5], [1]),
         "a larger storage than stored": tensor(5, [5], [1]),
@@ -516,17 +508,9 @@ def crooked() -> Iterator[Case]:
         "a storage of no kind": b"(" + text("module") + text("a") * 4 + b"tQ",
         "a storage that is no tuple": text("storage") + b"Q",
         "a bare storage": storage(4),
-        "a part of a storage": b"("
-        + text("storage")
-        + name("torch", "FloatStorage")
-        + text("0") * 2
-        + b"K\x04"
-        + view
-        + b"tQ",
+        "a part of a storage": part,
         "quantized": call("torch._utils", "_rebuild_qtensor", storage(4), whole(0), b"N", b"N", b"N", b"\x89", b"N"),
-        "a negated tensor": call(
-            *rebuild, storage(4), whole(0), numbers([4]), numbers([1]), b"\x89", b"N", dictionary(neg=b"\x88")
-        ),
+        "a negated tensor": call(*rebuild, *negated),
         "a tensor of nothing": call("torch", "Tensor", whole(10**10)),
         "a parameter of nothing": call("torch.nn.parameter", "Parameter", b"N"),
         "an array of more than is there": array(b"abc", [2, 2]),
@@ -538,13 +522,7 @@ def crooked() -> Iterator[Case]:
         "items of a number": b"K\x05K\x06a",
         "pairs of none": call("collections", "OrderedDict", b"](K\x05e"),
         "too few arguments": call(*rebuild, storage(4)),
-        "a module of odd parts": call("a", "B")
-        + dictionary(
-            _modules=dictionary(a=b"N"),
-            _buffers=dictionary(a=tensor(4, [4], [1])),
-            _non_persistent_buffers_set=b"K\x05",
-        )
-        + b"b",
+        "a module of odd parts": call("a", "B") + dictionary(_modules=dictionary(a=b"N"), **buffers) + b"b",
     }
     yield from both("crooked", {title: dictionary(a=value) for title, value in shapes.items()}, _0=four)
     good = {"data.pkl": pickled(dictionary(a=tensor(4, [4], [1]))), "data/0": four}
@@ -567,19 +545,24 @@ def crooked() -> Iterator[Case]:
 # -- whole files with wrong content, checksums right -------------------------------------------------------------
 
 
-def _with(**changes: Any) -> Make:
-    return lambda base: checkpoints.serialize(base.raw | changes)
+def _edited(change: Callable[[dict[str, Any]], object]) -> Make:
+    """The good file with what `change` does to its dictionary."""
+
+    def make(base: Base) -> bytes:
+        raw = copy.deepcopy(base.raw)
+        change(raw)
+        return checkpoints.serialize(raw)
+
+    return make
+
+
+def _with(key: str, value: Any) -> Make:
+    return _edited(lambda raw: raw.update({key: value}))
 
 
 def _state(change: Change) -> Make:
     """The network's tensors changed."""
-
-    def make(base: Base) -> bytes:
-        state = {key: value.clone() for key, value in base.raw["state_dict"].items()}
-        change(state)
-        return checkpoints.serialize(base.raw | {"state_dict": state})
-
-    return make
+    return _edited(lambda raw: change(raw["state_dict"]))
 
 
 def _set(**entries: Any) -> Change:
@@ -656,7 +639,7 @@ def metadata() -> Iterator[Case]:
         "state_dict": (None, 5, [], {}, "abc", {"a": {"b": 1}}, three),
         "quantizer": (5, [1], three),
     }
-    yield from _strange("metadata", wrong, lambda key, value: _with(**{key: value}))
+    yield from _strange("metadata", wrong, _with)
     for value in ("", three):
         title = f"a checksum that is {str(value)[:20]}"
         yield from _table("metadata", {title: lambda b, v=value: torch_bytes(b.raw | {"checksum": v})})
@@ -683,7 +666,7 @@ def odd() -> Iterator[Case]:
         "source_sha256": (5, "x" * 100_000, "\x1b[2J"),
         "\x1b]0;title\x07": (1, "\x1b[2J"),
     }
-    yield from _strange("odd", strange, lambda key, value: _with(**{key: value}), harmless=True)
+    yield from _strange("odd", strange, _with, harmless=True)
 
     def dressed(base: Base) -> bytes:
         raw = torch.load(io.BytesIO(base.content), weights_only=True)
@@ -722,20 +705,13 @@ def packed() -> Iterator[Case]:
         "kind": ("binary", "latent", None, 5),
         "logit_scale": (0, "1", NAN),
     }
-    yield from _strange("packed", wrong, lambda key, value: _with(**{key: value}))
+    yield from _strange("packed", wrong, _with)
     yield from flipped("packed")
     yield from _table("packed", {"no checksum": lambda base: torch_bytes(base.raw)})
-    yield from _table("packed", {"scales that overflow": _with(floats=torch.full((1386,), 3e38))}, harmless=True)
+    yield from _table("packed", {"scales that overflow": _with("floats", torch.full((1386,), 3e38))}, harmless=True)
 
 
 # -- training states ---------------------------------------------------------------------------------------------
-
-
-def _training(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Make:
-    """`training` with the entries that `change` makes of it."""
-    return lambda base: checkpoints.serialize(
-        base.raw | {"training": base.raw["training"] | change(base.raw["training"])}
-    )
 
 
 def _changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
@@ -745,28 +721,30 @@ def _changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
     return change(value) if isinstance(value, Tensor) and value.ndim else value
 
 
-def _moments(change: Callable[[Tensor], Any]) -> Make:
-    return _training(lambda state: {"optimizers": [_changed(each, change) for each in state["optimizers"]]})
+def _training(change: Change) -> Make:
+    return _edited(lambda raw: change(raw["training"]))
 
 
 def _best_weights(change: Callable[[Tensor], Any]) -> Make:
     return _training(
-        lambda state: {"best": state["best"] | {"state_dict": _changed(state["best"]["state_dict"], change)}}
+        lambda state: state["best"].update(_changed({"state_dict": state["best"]["state_dict"]}, change))
     )
 
 
-def _states(change: Callable[[dict], dict]) -> Make:
+def _tensors(title: str, change: Callable[[Tensor], Any]) -> dict[str, Make]:
+    def moments(state: dict[str, Any]) -> None:
+        state["optimizers"] = [_changed(each, change) for each in state["optimizers"]]
+
+    return {f"moments {title}": _training(moments), f"best weights {title}": _best_weights(change)}
+
+
+def _moments(change: Callable[[dict], dict]) -> Make:
     """The state of the first optimizer changed."""
-
-    def changed(training: dict[str, Any]) -> dict[str, Any]:
-        first, *others = training["optimizers"]
-        return {"optimizers": [first | {"state": change(first["state"])}, *others]}
-
-    return _training(changed)
+    return _training(lambda state: state["optimizers"][0].update(state=change(state["optimizers"][0]["state"])))
 
 
 def _history(change: dict[str, float]) -> Make:
-    return _training(lambda state: {"history": [*state["history"][:-1], state["history"][-1] | change]})
+    return _training(lambda state: state["history"][-1].update(change))
 
 
 def _turned(value: Tensor) -> Tensor:
@@ -783,11 +761,11 @@ def training() -> Iterator[Case]:
 
     for key in keys:
         for number, value in enumerate(strange):
+            make = _training(lambda state, k=key, v=value: state.update({k: v}))
             title = f"{key} is {str(value)[:20]!r} ({number})"
-            make = _training(lambda _, k=key, v=value: {k: v})
             yield from _table("state", {title: make}, harmless=(key, number) in right)
-        yield from _table("training", {f"no {key}": lambda base, k=key: _without(base, k)})
-    yield from _strange("training", {"training": strange}, lambda key, value: _with(**{key: value}))
+        yield from _table("training", {f"no {key}": _training(lambda state, k=key: state.pop(k))})
+    yield from _strange("training", {"training": strange}, _with)
     options = {
         "epochs": (0, -1, "x", None, 1.5, [1], torch.ones(2)),
         "batch_size": (0, "x", 2**70 % 2**63),
@@ -801,7 +779,7 @@ def training() -> Iterator[Case]:
     }
 
     def option(key: str, value: Any) -> Make:
-        return lambda base: checkpoints.serialize(base.raw | {"config": base.raw["config"] | {key: value}})
+        return _edited(lambda raw: raw["config"].update({key: value}))
 
     yield from _strange("training", options, option)
     for title, change in {
@@ -812,20 +790,15 @@ def training() -> Iterator[Case]:
         "that are NaN": lambda value: torch.full_like(value.float(), NAN),
         "that are numbers": lambda value: 5,
     }.items():
-        contents = {f"moments {title}": _moments(change), f"best weights {title}": _best_weights(change)}
-        yield from _table("training", contents)
-    for title, change in {
-        "in one place": lambda v: torch.zeros_like(v[:1]).expand(v.shape),
-        "turned": _turned,
-    }.items():
-        contents = {f"moments {title}": _moments(change), f"best weights {title}": _best_weights(change)}
-        yield from _table("training", contents, harmless=True)
+        yield from _table("training", _tensors(title, change))
+    expanded = _tensors("in one place", lambda value: torch.zeros_like(value[:1]).expand(value.shape))
+    yield from _table("training", expanded | _tensors("the other way", _turned), harmless=True)
     contents = {
-        "no options": _with(config={5: 5}),
-        "no moments but the step": _states(lambda state: {i: {"step": torch.ones(())} for i in state}),
-        "moments without a name": _states(lambda state: {i: {} for i in state}),
-        "moments of one weight only": _states(lambda state: {0: state[0]}),
-        "a step of 0": _states(lambda state: {i: m | {"step": torch.zeros(())} for i, m in state.items()}),
+        "no options": _with("config", {5: 5}),
+        "no moments but the step": _moments(lambda state: {i: {"step": torch.ones(())} for i in state}),
+        "moments without a name": _moments(lambda state: {i: {} for i in state}),
+        "moments of one weight only": _moments(lambda state: {0: state[0]}),
+        "a step of 0": _moments(lambda state: {i: m | {"step": torch.zeros(())} for i, m in state.items()}),
         "an epoch that is NaN in the history": _history({"epoch": NAN}),
         "another epoch in the history": _history({"epoch": 7}),
         "a huge loss": _history({"train_loss": 1.7e308}),
@@ -834,11 +807,6 @@ def training() -> Iterator[Case]:
         "best weights with negative variances": _best_weights(lambda value: value - 9),
     }
     yield from _table("training", contents)
-
-
-def _without(base: Base, key: str) -> bytes:
-    rest = {name: value for name, value in base.raw["training"].items() if name != key}
-    return checkpoints.serialize(base.raw | {"training": rest})
 
 
 # -- data ----------------------------------------------------------------------------------------------------------

@@ -388,7 +388,7 @@ def scripted() -> bytes:
 
 
 def zipped(*names: str) -> bytes:
-    return archive(dict.fromkeys(names, b"0"), folder="", version=False)
+    return archive(dict.fromkeys(names, b"0"), folder="")
 
 
 def onnx_bytes() -> bytes:
