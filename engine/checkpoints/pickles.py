@@ -71,6 +71,7 @@ _STORAGES = {
 class Interpreter:
     """Interprets the pickles of one file of `size` bytes; its counters hold for all of them together.
 
+    What lies outside of the pickle is for reader.py: `_persistent` and `_stored`.
     names: those of the objects that are not made -> whether they would be called.
     """
 
@@ -191,7 +192,7 @@ class Interpreter:
             self.names[target.name] = True  # a class or function would be changed, an array made of objects
         target.state = state
 
-    # -- the functions that checkpoints need -------------------------------------------------------------------
+    # -- the functions that checkpoints need; NotImplemented: the call stays a record --------------------------
 
     def _spend(self, size: int) -> None:
         """Count the bytes of a copy: a value may serve in as many calls as there are operations."""
