@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import reprlib
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine import checkpoints, cli
 from engine.checkpoints import BINARY_1BIT, Checkpoint
-from engine.checkpoints.foreign import Opened, is_module
+from engine.checkpoints.foreign import is_module, walk
 from engine.checkpoints.pickles import Inert
 from engine.cli import UserError
 from engine.report import counted, share, what_it_is
@@ -28,7 +28,6 @@ WIDTH = 80
 TOP = ""  # stands for the top level of the file
 _MOST_LINES = 40  # of metadata for one dictionary, of objects that were not made
 _MOST_TEXT = 400  # characters of metadata for one entry
-_DEEPEST = 20  # of a tensor in what holds it
 _MOST_ROWS = 5000  # of all tables together
 
 
@@ -68,11 +67,6 @@ class _Repr(reprlib.Repr):
 
     def repr_float(self, value: float, _level: int) -> str:
         return f"{value:.4g}"
-
-    def repr_bytes(self, value: bytes, _level: int) -> str:
-        return f"<{len(value):,} bytes>"
-
-    repr_bytearray = repr_bytes
 
 
 def brief(value: Any) -> str:
@@ -150,25 +144,6 @@ def print_metadata(values: dict[Any, Any], indent: int = 2) -> None:
 # -- the tensors ---------------------------------------------------------------------------------------------
 
 
-def find_tensors(value: Any) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    """Every tensor in a nest with its path, in the file's order, those of whole modules under their names."""
-    waiting: list[tuple[tuple[Any, ...], Any]] = [((), value)]
-    opened = Opened()
-    while waiting:
-        path, item = waiting.pop()
-        inner: Iterable[tuple[Any, Any]] = ()
-        if isinstance(item, Tensor):
-            yield path, item
-        elif isinstance(item, Inert):
-            waiting += [(path, each) for each in opened.held(item)]
-        elif isinstance(item, dict):
-            inner = item.items()
-        elif isinstance(item, list | tuple):
-            inner = enumerate(item)
-        if len(path) < _DEEPEST:
-            waiting += [((*path, key), each) for key, each in reversed(list(inner))]
-
-
 def group_tensors(value: Any, *, apart: bool) -> dict[str, dict[str, list[Tensor]]]:
     """The tensors by entry of the file and by name within it.
 
@@ -176,7 +151,8 @@ def group_tensors(value: Any, *, apart: bool) -> dict[str, dict[str, list[Tensor
     the second network in `training`, the best one so far, unless `apart`.
     """
     groups: dict[str, dict[str, list[tuple[str, Tensor]]]] = {}
-    for path, tensor in find_tensors(value):
+    tensors = [(path, item) for path, item in walk(value) if isinstance(item, Tensor)]
+    for path, tensor in tensors:
         entry, rest = (key_text(path[0]), path[1:]) if len(path) > 1 else (TOP, path)
         name = _joined(rest if apart else ["*" if _is_number(key) else key for key in rest])
         if not apart and entry == "training" and name.startswith("best.state_dict."):

@@ -84,7 +84,7 @@ def test_packing_proves_itself_and_measures_the_files(workflow: dict) -> None:
     assert re.search(r"one bit each +33,542 +32\.0x", printed)
     assert max(map(len, printed.partition("\n\n")[2].splitlines())) <= 80
     assert (folder / PACKED).stat().st_size <= 42_000
-    packed, _ = checkpoints.read(folder / PACKED)
+    packed = checkpoints.load(folder / PACKED).raw
     assert set(packed) == {
         *("format_version", "arch", "kind", "batchnorm", "signs", "floats"),
         *("accuracy", "test_images", "logit_scale", "source_sha256", "checksum"),

@@ -1,7 +1,8 @@
-"""The output folder of a training run: full, read-only, gone, or in use by another run."""
+"""Files and the folder of a training run: written whole or not at all; full, read-only, gone, or in use."""
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -17,8 +18,100 @@ from script_server import ScriptServer
 
 from engine import files
 from engine.checkpoints import BEST, FINAL, LAST
+from engine.cli import UserError
+from engine.files import FolderLock, atomic_write, remove_leftovers
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+# -- single files: the old one or the new one ------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process")
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_crash_before_the_rename_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    path = tmp_path / "a.pth"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(f"os.{call}", lambda *_: os._exit(9))
+    child = os.fork()
+    if child == 0:
+        try:
+            atomic_write(path, b"new" * 1000)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert path.read_bytes() == b"old"
+    assert [p.suffix == ".pth" for p in tmp_path.iterdir() if p != path] == [False]
+    remove_leftovers(tmp_path, ["a.pth"], sole_writer=True)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_leftovers_of_a_living_writer_stay(tmp_path: Path) -> None:
+    for name in ("a.pth.tmp-1", "a.pth.tmp-2", "b.pth.tmp-1", "a.pth"):
+        (tmp_path / name).touch()
+    os.utime(tmp_path / "a.pth.tmp-1", (0, 0))
+    remove_leftovers(tmp_path, ["a.pth"], sole_writer=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pth", "a.pth.tmp-2", "b.pth.tmp-1"]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace", "the writer"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()], ids=str)
+def test_what_fails_while_writing_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException
+) -> None:
+    path = tmp_path / "a.pth"
+    path.write_bytes(b"old")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    if failing != "the writer":
+        monkeypatch.setattr(f"os.{failing}", fail)
+    expected = UserError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected) as refused:
+        atomic_write(path, fail if failing == "the writer" else b"new")
+    monkeypatch.undo()
+    if expected is UserError:
+        assert str(path) in str(refused.value)
+        assert "No space left" in str(refused.value)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.pth", b"old")]
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    """Whoever asks: permissions do not stop root."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "folder").mkdir()
+    for folder in ("file", "loop", "gone", "file/below"):
+        with pytest.raises(UserError, match=f"{tmp_path / folder}/a.pth: cannot be written"):
+            atomic_write(tmp_path / folder / "a.pth", b"new")
+        with pytest.raises(UserError, match=str(tmp_path / folder)):
+            FolderLock(tmp_path / folder)
+    with pytest.raises(UserError, match="folder: cannot be written"):
+        atomic_write(tmp_path / "folder", b"new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "loop"]
+
+
+# -- one run a folder ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", ["", "left by a killed process", "\n\xff\xfe"])
+def test_a_lock_is_what_is_held_not_what_is_written(tmp_path: Path, content: str) -> None:
+    (tmp_path / FolderLock.NAME).write_bytes(content.encode("latin1"))
+    with FolderLock(tmp_path):
+        with pytest.raises(UserError, match=f"{tmp_path}: .*process {os.getpid()} .*--output-dir"):
+            FolderLock(tmp_path)
+        (tmp_path / FolderLock.NAME).write_bytes(content.encode("latin1"))
+        with pytest.raises(UserError, match="another run"):
+            FolderLock(tmp_path)
+    with FolderLock(tmp_path):
+        pass
+
+
+# -- the folder of a run -----------------------------------------------------------------------------------------
 
 
 def test_full_disk(scripts: ScriptServer, small_data: Path, tmp_path: Path, float_run: Path) -> None:

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import binary_network, random_network, save_checkpoint, sha256
+from networks import binary_network, random_network, sha256
 
 import inspect_saved_model as inspecting
 from engine import checkpoints
-from engine.cli import UserError
 from models import weight_layers
 from models.bitpack import pack_model
 
@@ -65,23 +64,16 @@ def test_a_checkpoint_to_resume_from(tmp_path: Path, run_script: Callable) -> No
     assert "Keys: 116 tensors under 'state_dict'\n" in printed
     assert "  epoch: 30\n  config: {'arch': 'resnet20', 'lr': 0.1}\n" in printed
     assert "    history: [30 items, the last {'epoch': 30, 'train_loss': 0.06667}]\n" in printed
-    assert "{'epoch': 29, 'metrics': {'test_accuracy': 81.25}, 'state_dict': {116 tensors}}" in " ".join(
-        printed.split()
-    )
+    best = "{'epoch': 29, 'metrics': {'test_accuracy': 81.25}, 'state_dict': {116 tensors}}"
+    assert best in " ".join(printed.split())
 
     weight = random_network().layer3[2].conv2.weight.detach()
     low, high, distinct = f"{weight.min():.4g}", f"{weight.max():.4g}", str(len(weight.unique()))
     assert row_of(printed, "layer3.2.conv2.weight") == ["64x64x3x3", "float32", "147456", low, high, distinct]
     seen = str(int(random_network().layer1[0].bn1.num_batches_tracked))
     assert row_of(printed, "layer1.0.bn1.num_batches_tracked") == ["scalar", "int64", "8", seen, seen, "1"]
-    assert row_of(printed, "optimizers[*].state[*].exp_avg (20 tensors)") == [
-        "2x3",
-        "float32",
-        "480",
-        "0",
-        "19",
-        "20",
-    ]
+    moments = row_of(printed, "optimizers[*].state[*].exp_avg (20 tensors)")
+    assert moments == ["2x3", "float32", "480", "0", "19", "20"]
     assert row_of(printed, "totals") == ["3", "float32", "12", "1", "2", "2"]
     assert row_of(printed, "best.state_dict.* (116 tensors)")[:2] == ["various", "various"]
     numbers = 2 * (269_722 + 1_376 + 19) + 20 * 7 + 3
@@ -128,15 +120,9 @@ def test_prefixes_and_what_they_become(tmp_path: Path, call: Callable) -> None:
 
     torch.save(bare, tmp_path / "bare.pth")
     assert "Keys: 116 tensors at the top level\n" in call(tmp_path / "bare.pth")
-
-
-def test_where_two_fit_both_are_named_and_the_option_chooses(tmp_path: Path, call: Callable) -> None:
-    state = random_network().state_dict()
-    torch.save({"weights": state, "ema": state}, tmp_path / "x.pth")
-    words = " ".join(call(tmp_path / "x.pth").split())
-    assert "Fits: ✗" in words
-    assert all(word in words for word in ("'weights'", "'ema'", "--weights-key"))
-    assert "Keys: 116 tensors under 'ema'\n" in call(tmp_path / "x.pth", "--weights-key", "ema")
+    torch.save({"weights": bare, "ema": bare}, tmp_path / "two.pth")
+    assert "--weights-key" in call(tmp_path / "two.pth")
+    assert "Keys: 116 tensors under 'ema'\n" in call(tmp_path / "two.pth", "--weights-key", "ema")
 
 
 def test_a_network_of_others_is_shown_and_why_it_does_not_fit(tmp_path: Path, call: Callable) -> None:
@@ -157,35 +143,26 @@ def test_nan_and_infinity_are_shown_and_not_refused(tmp_path: Path, call: Callab
     assert "\n  ⚠ 2 NaN and 2 infinite\n" in printed
 
 
-def weird_tensors() -> dict[str, tuple[torch.Tensor, list[str]]]:
-    """Tensors by name with the cells they make."""
-    nan = float("nan")
-    return {
-        "complex": (torch.tensor([1j, 1j, 2]), ["3", "complex64", "24", "-", "-", "2"]),
-        "bool": (torch.tensor([True, False]), ["2", "bool", "2", "0", "1", "2"]),
-        "int8": (torch.tensor([-3, 4], dtype=torch.int8), ["2", "int8", "2", "-3", "4", "2"]),
-        "empty": (torch.empty(0, 3), ["0x3", "float32", "0", "-", "-", "0"]),
-        "no_complex": (torch.empty(0, dtype=torch.complex64), ["0", "complex64", "0", "-", "-", "0"]),
-        "scalar": (torch.tensor(2.5), ["scalar", "float32", "4", "2.5", "2.5", "1"]),
-        "only_nan": (torch.tensor([nan, nan]), ["2", "float32", "8", "-", "-", "1"]),
-        "zeros": (torch.tensor([0.0, -0.0]), ["2", "float32", "8", "0", "0", "1"]),
-        "bfloat16": (torch.tensor([1.5, -2]).bfloat16(), ["2", "bfloat16", "4", "-2", "1.5", "2"]),
-        "float16": (torch.tensor([1.5, -2]).half(), ["2", "float16", "4", "-2", "1.5", "2"]),
-        "wide": (
-            torch.tensor([1e300, -1e-300], dtype=torch.float64),
-            ["2", "float64", "16", "-1e-300", "1e+300", "2"],
-        ),
-        "strided": (torch.arange(99).as_strided((2, 2), (50, 1)), ["2x2", "int64", "32", "0", "51", "4"]),
-        "parameter": (torch.nn.Parameter(torch.ones(2)), ["2", "float32", "8", "1", "1", "1"]),
-    }
+WEIRD = {
+    "complex": (torch.tensor([1j, 1j, 2]), "3 complex64 24 - - 2"),
+    "bool": (torch.tensor([True, False]), "2 bool 2 0 1 2"),
+    "int8": (torch.tensor([-3, 4], dtype=torch.int8), "2 int8 2 -3 4 2"),
+    "empty": (torch.empty(0, 3), "0x3 float32 0 - - 0"),
+    "scalar": (torch.tensor(2.5), "scalar float32 4 2.5 2.5 1"),
+    "only_nan": (torch.tensor([float("nan")] * 2), "2 float32 8 - - 1"),
+    "zeros": (torch.tensor([0.0, -0.0]), "2 float32 8 0 0 1"),
+    "bfloat16": (torch.tensor([1.5, -2]).bfloat16(), "2 bfloat16 4 -2 1.5 2"),
+    "wide": (torch.tensor([1e300, -1e-300], dtype=torch.float64), "2 float64 16 -1e-300 1e+300 2"),
+    "strided": (torch.arange(99).as_strided((2, 2), (50, 1)), "2x2 int64 32 0 51 4"),
+    "parameter": (torch.nn.Parameter(torch.ones(2)), "2 float32 8 1 1 1"),
+}
 
 
 def test_weird_tensors_and_values(tmp_path: Path, call: Callable) -> None:
-    tensors = {name: tensor for name, (tensor, _) in weird_tensors().items()}
+    tensors = {name: tensor for name, (tensor, _) in WEIRD.items()}
     values: dict[str, Any] = {
         "nothing": None,
         "large": 2**63,
-        "type": torch.float16,
         "set": {1, 2},
         "nan": float("nan"),
         "none at all": {},
@@ -197,40 +174,24 @@ def test_weird_tensors_and_values(tmp_path: Path, call: Callable) -> None:
     }
     torch.save(tensors | values, tmp_path / "x.pth")
     printed = call(tmp_path / "x.pth")
-    for name, (_, cells) in weird_tensors().items():
-        assert row_of(printed, name) == cells, name
+    for name, (_, cells) in WEIRD.items():
+        assert row_of(printed, name) == cells.split(), name
     assert all(char.isprintable() or char == "\n" for char in printed)
-    assert "  large: 9223372036854775808\n  type: torch.float16\n  set: {1, 2}\n  nan: nan\n" in printed
+    assert "  large: 9223372036854775808\n  set: {1, 2}\n  nan: nan\n" in printed
     assert "  many: [1,000 items, the last 999]\n" in printed
     assert "  '\\x1b[31mred\\n': '\\x1b[2J'\n" in printed
     assert max(len(line) for line in printed.splitlines() if str(tmp_path) not in line) <= 80
 
 
-@pytest.mark.parametrize(
-    "content", [[torch.ones(2), {"a": torch.zeros(3)}], torch.ones(2, 2), 5, None, "text", {}, []]
-)
-def test_what_is_no_checkpoint_at_all(tmp_path: Path, call: Callable, content: object) -> None:
+CONTENTS = [([torch.ones(2), {"a": torch.zeros(3)}], 2), (torch.ones(2, 2), 1), (5, 0), (None, 0), ({}, 0), ([], 0)]
+
+
+@pytest.mark.parametrize(("content", "found"), CONTENTS)
+def test_what_is_no_checkpoint_at_all(tmp_path: Path, call: Callable, content: object, found: int) -> None:
     torch.save(content, tmp_path / "x.pth")
     printed = call(tmp_path / "x.pth")
-    found = len(list(inspecting.find_tensors(content)))
     assert f"\nTotal: {found} tensor{'' if found == 1 else 's'}, " in printed
     assert "✓" not in printed
-
-
-def test_entries_of_a_kind_that_nobody_expects(tmp_path: Path, call: Callable) -> None:
-    """Metadata of the wrong type: the file is shown, with the reason why it does not load, or refused in one line."""
-    pair = torch.ones(2)
-    state = random_network().state_dict()
-    wrong = [{key: value} for key in ("format_version", "kind", "arch", "logit_scale") for value in (pair, [1], None)]
-    for number, entries in enumerate(wrong):
-        path = tmp_path / f"{number}.pth"
-        checkpoints.save(path, checkpoints.make("resnet20", "latent", state) | entries)
-        try:
-            printed = call(path)
-        except UserError as error:
-            assert str(error).startswith(f"{path}: ")  # noqa: PT017 - either is right
-        else:
-            assert "Fits: ✗ none of our networks" in printed or "arch" in entries or "logit_scale" in entries, entries
 
 
 class Payload:
@@ -270,23 +231,6 @@ def test_objects_are_listed_and_those_that_would_be_called_are_marked(
     printed = call(tmp_path / "alone.pth")
     assert "Fits: ✗ none of our networks: not a checkpoint of a network" in printed
     assert "⚠ an ordinary load calls posix.mkdir" in printed
-
-
-def test_broken_files_are_refused_in_one_line(tmp_path: Path, call: Callable) -> None:
-    good = save_checkpoint(tmp_path / "good.pth", "float").read_bytes()
-    broken = {
-        "empty": b"",
-        "text": b"hello",
-        "truncated": good[:-5000],
-        "flipped": good[:70_000] + b"!" + good[70_001:],
-    }
-    for name, content in broken.items():
-        (tmp_path / f"{name}.pth").write_bytes(content)
-        with pytest.raises(UserError, match=f"{name}.pth: "):
-            call(tmp_path / f"{name}.pth")
-    for path in (tmp_path, tmp_path / "missing.pth", "nul\0.pth"):
-        with pytest.raises(UserError, match=re.escape(f"{path}: ")):
-            call(path)
 
 
 def test_without_a_file_it_says_what_is_missing(tmp_path: Path, run_script: Callable) -> None:

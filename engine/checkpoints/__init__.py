@@ -1,11 +1,12 @@
 """Checkpoints: what is in a file, reading any file with nothing in it run, writing ours."""
 
+# ruff: noqa: F401 - names of the package
+
 from engine.checkpoints.format import (
     BEST,
     BINARIZED,
     BINARY_1BIT,
     FINAL,
-    FORMAT_VERSION,
     KINDS,
     LARGEST_LOGIT_SCALE,
     LAST,
@@ -17,29 +18,6 @@ from engine.checkpoints.format import (
     load,
     make,
     plain_state,
-    read,
     save,
     serialize,
 )
-
-__all__ = [
-    "BEST",
-    "BINARIZED",
-    "BINARY_1BIT",
-    "FINAL",
-    "FORMAT_VERSION",
-    "KINDS",
-    "LARGEST_LOGIT_SCALE",
-    "LAST",
-    "PACKED",
-    "Checkpoint",
-    "digest",
-    "examine",
-    "library_versions",
-    "load",
-    "make",
-    "plain_state",
-    "read",
-    "save",
-    "serialize",
-]

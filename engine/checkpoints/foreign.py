@@ -22,11 +22,11 @@ from models.resnet_s import NUM_CLASSES, architecture_of
 _WRAPPERS = re.compile(r"^(?:(?:model|module|_orig_mod)\.)+")
 _ANCHOR = "layer1.0.conv1.weight"  # in each of our networks once: what stands before it is a prefix
 _COUNTERS = re.compile(r"(?:^|\.)(?:total_ops|total_params|n_averaged)$")  # of thop and torch.optim.swa_utils
-_HOLDERS = (dict, list, tuple, Inert)
-_MOST_MODULES = 100
-_MOST_NAMES = 10_000  # of one module: modules may contain one module many times
+_HOLDERS = (dict, list, tuple, Inert, Tensor)
+_MOST_MODULES = 100  # of which one may be in many others, as may its parts
+_MOST_NAMES = 10_000  # of one module
 _LONGEST_NAME = 1000
-_DEEPEST = 20  # of weights in what holds them
+_DEEPEST = 20  # of tensors in what holds them
 
 
 def blank(arch: str) -> nn.Module:
@@ -61,74 +61,60 @@ def find_weights(path: Path, contents: Contents, weights_key: str | None = None)
     weights_key: the key under which to take them, where several fit.
     Raises UserError that says why none fits, or names those that do.
     """
-    found = [_understand(key, tensors) for key, tensors in _mappings(contents.value)]
+    found = [
+        _understand(".".join(map(_text, place)), item)
+        for place, item in walk(contents.value)
+        if isinstance(item, dict) and any(isinstance(each, Tensor) for each in item.values())
+    ]
+    found.sort(key=lambda w: (bool(w.problem), w.arch is None, -len(w.tensors)))  # the likeliest first
     if not found:
-        raise UserError(f"{path}: {_nothing(contents)}")
+        called = [name for name, calls in contents.inert.items() if calls]
+        runs = f"; nothing was run, an ordinary load would call {some(called)}" if called else ""
+        raise UserError(f"{path}: not a checkpoint of a network: no tensors under names in it{runs}")
     if weights_key is not None:
         chosen = [weights for weights in found if weights.key == weights_key]
         if not chosen:
-            keys = some([weights.key for weights in sorted(found, key=_likelihood, reverse=True)])
+            keys = some([weights.key for weights in found])
             raise UserError(f"{path}: --weights-key {weights_key}: no tensors under that key; there are {keys}")
-        fitting = chosen[:1]
+        best = chosen[0]
     else:
-        fitting = [weights for weights in found if not weights.problem] or [max(found, key=_likelihood)]
-    if len(fitting) > 1:
-        keys = some([weights.key for weights in fitting])
-        raise UserError(f"{path}: the weights under {keys} all fit; choose with --weights-key NAME")
-    if fitting[0].problem:
-        where = f" (under {fitting[0].key!r})" if fitting[0].key else ""
-        raise UserError(f"{path}: {fitting[0].problem}{where}")
-    return fitting[0]
-
-
-def _likelihood(weights: Weights) -> tuple[bool, bool, int]:
-    return not weights.problem, weights.arch is not None, len(weights.tensors)
-
-
-def _nothing(contents: Contents) -> str:
-    called = [name for name, calls in contents.inert.items() if calls]
-    runs = f"; nothing was run, an ordinary load would call {some(called)}" if called else ""
-    return f"not a checkpoint of a network: no tensors under names in it{runs}"
+        best, keys = found[0], [weights.key for weights in found if not weights.problem]
+        if len(keys) > 1:
+            raise UserError(
+                f"{path}: the weights under {some(keys)} all fit; give --weights-key NAME to a script that has this "
+                "option, or save the weights that you mean in a file of their own"
+            )
+    if best.problem:
+        where = f" (under {best.key!r})" if best.key else ""
+        raise UserError(f"{path}: {best.problem}{where}")
+    return best
 
 
 # -- where tensors lie -----------------------------------------------------------------------------------------
 
 
-class Opened:
-    """What records hold, each opened once: they may hold each other, and one module may be in many."""
+def walk(value: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every dictionary and tensor in a nest with its path, in the file's order; a whole module is its state_dict.
 
-    def __init__(self) -> None:
-        self._seen: set[int] = set()
-        self._modules = 0
-
-    def held(self, record: Inert) -> list[Any]:
-        """The state_dict of a whole module; of another record its items, attributes and arguments."""
-        if id(record) in self._seen:
-            return []
-        self._seen.add(id(record))
-        if not is_module(record):
-            return [each for each in (record.contents, record.state, record.arguments) if each is not None]
-        self._modules += 1
-        return [module_state(record)] if self._modules <= _MOST_MODULES else []
-
-
-def _mappings(value: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
-    """Every mapping that holds tensors, its key as a path, in the file's order; a whole module is one."""
-    waiting: list[tuple[tuple, Any]] = [((), value)]
-    opened = Opened()
+    Each record is opened once: they may hold each other, and one module may be in many.
+    """
+    waiting: list[tuple[tuple[Any, ...], Any]] = [((), value)]
+    seen: set[int] = set()
+    modules = 0
     while waiting:
-        place, item = waiting.pop()
-        inner: list[tuple[Any, Any]] = []
-        if isinstance(item, Inert):
-            waiting += [(place, each) for each in opened.held(item)]
-        elif isinstance(item, dict):
-            if any(isinstance(each, Tensor) for each in item.values()):
-                yield ".".join(map(_text, place)), item
-            inner = list(item.items())
-        elif isinstance(item, list | tuple):
-            inner = list(enumerate(item))
-        if len(place) < _DEEPEST:
-            waiting += [((*place, key), each) for key, each in reversed(inner) if isinstance(each, _HOLDERS)]
+        path, item = waiting.pop()
+        if isinstance(item, Inert) and id(item) not in seen:
+            seen.add(id(item))
+            modules += is_module(item)
+            if not is_module(item):
+                waiting += [(path, each) for each in (item.contents, item.state, item.arguments)]
+            elif modules <= _MOST_MODULES:
+                waiting.append((path, module_state(item)))
+        elif isinstance(item, dict | Tensor):
+            yield path, item
+        if isinstance(item, dict | list | tuple) and len(path) < _DEEPEST:
+            inner = list(item.items() if isinstance(item, dict) else enumerate(item))
+            waiting += [((*path, key), each) for key, each in reversed(inner) if isinstance(each, _HOLDERS)]
 
 
 def _text(key: Any) -> str:
@@ -150,7 +136,8 @@ def module_state(module: Inert) -> dict[str, Tensor]:
         if not waiting:
             break
         prefix, record = waiting.pop()
-        transient = record.state.get("_non_persistent_buffers_set") or ()
+        transient = record.state.get("_non_persistent_buffers_set")
+        transient = transient if isinstance(transient, set) else set()
         for kind in ("_parameters", "_buffers"):
             own = record.state.get(kind)
             for name, value in own.items() if isinstance(own, dict) else ():
@@ -198,17 +185,17 @@ def misfit(arch: str | None, tensors: dict[str, Tensor], *, counters_needed: boo
     if arch is None:
         return f"not a ResNet-20/32/44/56/110 of ours: its keys begin {some(list(tensors))}"
     expected = blank(arch).state_dict()
-    convolutions = [key for key in tensors if re.search(r"\.(downsample|shortcut)\b", str(key))]
-    if convolutions and convolutions[0] not in expected:
+    unexpected = [key for key in tensors if key not in expected]
+    convolutions = [key for key in unexpected if re.search(r"\.(downsample|shortcut)\b", str(key))]
+    if convolutions:
         return (
             f"its shortcuts are convolutions (option B, {convolutions[0]!r} for example), which {arch} here does not "
             "have: its shortcuts are without parameters (option A)"
         )
-    unexpected = [key for key in tensors if key not in expected]
     needed = [key for key in expected if counters_needed or not key.endswith("num_batches_tracked")]
     missing = [key for key in needed if key not in tensors]
     if unexpected or missing:
-        parts = [f"unexpected {some(unexpected)}"] * bool(unexpected) + [f"missing {some(missing)}"] * bool(missing)
+        parts = [f"{word} {some(keys)}" for word, keys in (("unexpected", unexpected), ("missing", missing)) if keys]
         return f"its keys do not fit {arch}: {'; '.join(parts)}"
     for key, value in tensors.items():
         if value.shape != expected[key].shape:

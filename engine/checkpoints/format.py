@@ -51,7 +51,14 @@ BINARIZED = "best_model_binarized.pth"
 PACKED = "best_model_binary_1bit.pth"
 KINDS = ("float", "latent", "binary", BINARY_1BIT)
 
+_MADE_BY = {
+    BEST: "train one with main.py or main_binary.py, or name a checkpoint, for example one in pretrained/",
+    BINARIZED: "make it with eval_binarized.py",
+    PACKED: "make it with save_binary_model.py",
+    LAST: "there is nothing to resume: start without --resume",
+}
 _MOST_BYTES = 10**9  # no checkpoint of such a network comes near it
+_ANOTHER = "use another copy or make it again"
 
 
 @dataclass
@@ -113,7 +120,7 @@ def plain_state(state_dict: dict[str, Tensor], *, copy: bool = False) -> dict[st
 def save(path: Path, checkpoint: dict[str, Any]) -> int:
     """Write a dictionary made by `make` atomically, with its checksum; returns the file's size in bytes.
 
-    Raises UserError where it cannot be written; an older file of that name is then untouched.
+    Raises UserError as `atomic_write` does.
     """
     content = serialize(checkpoint)
     atomic_write(path, content)
@@ -154,12 +161,6 @@ def _feed(sha: Any, value: Any) -> None:
         sha.update(f"{type(value).__name__} {value!r}\n".encode())
 
 
-def read(path: Path, content: bytes | None = None) -> tuple[Any, str]:
-    """What a `.pth` file holds, and the file's SHA-256. See `examine`."""
-    contents, sha256 = examine(path, content)
-    return contents.value, sha256
-
-
 def examine(path: Path, content: bytes | None = None) -> tuple[Contents, str]:
     """What a `.pth` file holds with the names of all that was not made, and the file's SHA-256.
 
@@ -169,23 +170,21 @@ def examine(path: Path, content: bytes | None = None) -> tuple[Contents, str]:
     """
     if content is None:
         content = _read_regular_file(path)
-    kind = kinds.other_kind(content)
-    if kind:
-        raise UserError(f"{path}: {kind}")
     try:
+        other = kinds.other_kind(content)
+        if other:
+            raise pickles.OtherKind(other)
         contents = reader.load(content)
     except pickles.OtherKind as error:
         raise UserError(f"{path}: {error}") from error
     except pickles.Refused as error:
-        raise UserError(f"{path}: refused: {error}; use another copy or make it again") from error
+        raise UserError(f"{path}: refused: {error}; {_ANOTHER}") from error
     except Exception as error:  # a damaged file leads the reader, zipfile and torch to errors of any type
         if is_out_of_memory(error):
             raise UserError(f"{path}: needs more memory than there is; close other programs") from error
         if kinds.is_text(content):
             raise UserError(f"{path}: is a text, not a checkpoint; give a .pth file") from error
-        raise UserError(
-            f"{path}: truncated, damaged or not a checkpoint; use another copy or make it again"
-        ) from error
+        raise UserError(f"{path}: truncated, damaged or not a checkpoint; {_ANOTHER}") from error
     value = contents.value
     if isinstance(value, dict) and "format_version" in value:
         rest = {key: item for key, item in value.items() if key != "checksum"}
@@ -200,35 +199,23 @@ def _read_regular_file(path: Path) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path}: not a file; give the path of a .pth file")
         if status.st_size == 0:
-            raise UserError(f"{path}: the file is empty; use another copy or make it again")
+            raise UserError(f"{path}: the file is empty; {_ANOTHER}")
         if status.st_size > _MOST_BYTES:
             raise UserError(f"{path}: {status.st_size:,} bytes are too many for a checkpoint of such a network")
         return path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {_how_to_make(path)}") from None
+        raise UserError(f"{path}: no such file; {_MADE_BY.get(path.name, 'check the path')}") from None
     except (OSError, ValueError, MemoryError) as error:
         raise UserError(f"{path}: cannot be read: {reason(error)}") from error
-
-
-def _how_to_make(path: Path) -> str:
-    makers = {
-        BEST: "train one with main.py or main_binary.py, or name a checkpoint, for example one in pretrained/",
-        BINARIZED: "make it with eval_binarized.py",
-        PACKED: "make it with save_binary_model.py",
-        LAST: "there is nothing to resume: start without --resume",
-    }
-    return makers.get(path.name, "check the path")
 
 
 def load(path: Path, content: bytes | None = None, *, weights_key: str | None = None) -> Checkpoint:
     """Load a checkpoint of ours or of others, with the network's own parameter names.
 
-    Accepted: a checkpoint of ours (1-bit ones too), whose declared architecture is believed; of others a state_dict
-    or a whole module under any key or none, with any prefix, `fc` for `linear`, any floating-point dtype, beside
-    whatever else. `notes` says what was done to it.
+    A checkpoint of ours (1-bit ones too) is of the architecture that it declares. Of others: a state_dict or a whole
+    module under any key or none, with any prefix, `fc` for `linear`, any floating-point dtype, beside whatever else.
     content: as in `examine`. weights_key: which weights to take, where several in a foreign file fit.
-    Raises UserError that names the file for everything else, with the keys that do not fit, and where a tensor
-    is not finite.
+    Raises UserError that names the file, and the keys that do not fit or hold values that are not finite.
     """
     contents, sha256 = examine(path, content)
     raw = contents.value if isinstance(contents.value, dict) else {}
@@ -255,8 +242,7 @@ def _load_ours(path: Path, sha256: str, raw: dict[str, Any], weights_key: str | 
         raise UserError(f"{path}: --weights-key {weights_key}: the weights of this file are under 'state_dict'")
     arch, tensors = raw.get("arch"), raw.get("state_dict")
     if not isinstance(arch, str) or arch not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise UserError(f"{path}: its architecture {_short(arch)} is none of those in models/: {known}")
+        raise UserError(f"{path}: its arch {_short(arch)} is none of those in models/: {', '.join(ARCHITECTURES)}")
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path}: its state_dict is not a dictionary of tensors; use another copy")
     problem = misfit(arch, tensors, counters_needed=True)
@@ -273,8 +259,7 @@ def _metadata(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"{path}: unknown kind of weights {_short(kind)}; known are {', '.join(KINDS)}")
     if not isinstance(scale, int | float) or not 0 < scale <= LARGEST_LOGIT_SCALE:
-        most = f"{LARGEST_LOGIT_SCALE:,}"
-        raise UserError(f"{path}: logit_scale {_short(scale)} is not a positive number of at most {most}")
+        raise UserError(f"{path}: logit_scale {_short(scale)} is not a number in (0, {LARGEST_LOGIT_SCALE:,}]")
     quantizer = raw.get("quantizer", "deterministic_sign")
     if not isinstance(quantizer, str):
         raise UserError(f"{path}: quantizer {_short(quantizer)} is not the name of one")
@@ -297,12 +282,11 @@ def _short(value: Any) -> str:
 
 def _load_packed(path: Path, sha256: str, raw: dict[str, Any], metadata: dict[str, Any]) -> Checkpoint:
     try:
-        if not isinstance(raw.get("batchnorm"), str) or raw["batchnorm"] not in ("folded", "kept"):
-            raise ValueError(f"batchnorm is {_short(raw.get('batchnorm'))}, not 'folded' or 'kept'")
-        if not isinstance(raw.get("signs"), Tensor) or not isinstance(raw.get("floats"), Tensor):
-            raise ValueError("the tensors signs and floats are needed")
-        if not isinstance(raw.get("arch"), str):
-            raise ValueError("it names no architecture")
+        for key, kind in {"arch": str, "batchnorm": str, "signs": Tensor, "floats": Tensor}.items():
+            if not isinstance(raw.get(key), kind):
+                raise ValueError(f"its {key} is {_short(raw.get(key))}")
+        if raw["batchnorm"] not in ("folded", "kept"):
+            raise ValueError(f"its batchnorm is {_short(raw['batchnorm'])}, not 'folded' or 'kept'")
         unpack_model(raw)
     except ValueError as error:
         raise UserError(f"{path}: not a 1-bit file of ours: {reason(error)}") from error
@@ -312,7 +296,7 @@ def _load_packed(path: Path, sha256: str, raw: dict[str, Any], metadata: dict[st
 def _checked(path: Path, arch: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state_dict in the network's own order and dtypes; names and shapes are known to fit.
 
-    Raises UserError naming a tensor of another kind of numbers, or with values that no network has.
+    Raises UserError naming a tensor with another kind of numbers, or with values that no network has.
     """
     checked = {}
     for key, wanted in blank(arch).state_dict().items():

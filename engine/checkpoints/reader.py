@@ -1,7 +1,7 @@
 """Reading a `.pth` file from anybody: nothing in it is run, and memory and time stay in proportion to its size.
 
 Both formats that torch.save has had, and plain pickles; torch.load takes no part. pickles.py interprets what is in
-the pickle, here are the file around it, the storages of its tensors, and the bounds of what is handed out.
+the pickle. Here are the file around it, the storages of its tensors, and the bounds of what is returned.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ _MOST_VALUES = 1_000_000  # lists that share their items stand for endlessly man
 _MOST_TEXT = 32  # times the size of the file: short names that a file holds once may occur often
 _MOST_PARTS = 50_000  # of the archive
 _DEEPEST = 50
-_LONGEST_NAME = 100
 _MAGIC = 0x1950A86A20F9469CFC6C  # how a file of torch.save before 1.6 begins
 
 
@@ -56,48 +55,33 @@ def load(content: bytes) -> Contents:
 class _Reader(Interpreter):
     """The pickles of a file with the storages beside them."""
 
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self._storage: Callable[[str, int, int], Tensor] = self._no_storage
-        self._nested = False
+    _storage: Callable[[str, int, int], Tensor] | None = None  # key, number of values, bytes of each -> its bytes
 
-    def _stored(self, data: Any = None, *_: Any) -> Any:
+    def _stored(self, data: Any) -> Any:
         """A storage in a plain pickle: the bytes of a file of torch.save of its own."""
-        require(type(data) is bytes and not self._nested, "it holds a storage that is none")
+        require(type(data) is bytes, "it holds an invalid storage")
         self._spend(len(data))
-        storage, self._nested = self._storage, True
-        made = self.stream(data)
-        self._storage, self._nested = storage, False
-        require(isinstance(made, Tensor), "it holds a storage that is none")
-        return made
+        return self.stream(data)
 
     def _persistent(self, pid: Any) -> Any:
         """A storage, as a tensor of one dimension; in old files also a class with its source, which is only named."""
-        if type(pid) is tuple and len(pid) == 4 and pid[0] == "module":
+        require(type(pid) is tuple and 4 <= len(pid) <= 6, "it holds an invalid storage")
+        if len(pid) == 4 and pid[0] == "module":
             return pid[1]
-        require(type(pid) is tuple and len(pid) in (5, 6) and pid[0] == "storage", "it holds a storage that is none")
-        _, kind, key, _, count, *view = pid
+        _, kind, key, _, count = pid[:5]
+        require(pid[0] == "storage" and pid[5:] in ((), (None,)), "it holds an invalid storage")  # None: no view
         dtype = storage_type(kind.name) if isinstance(kind, Inert) else None
-        unknown = kind.name if isinstance(kind, Inert) else type(kind).__name__
-        require(dtype is not None, f"it holds a storage of an unknown type, {unknown}")
-        require(type(key) is str and type(count) is int and count >= 0, "it holds a storage that is none")
-        whole = self._storage(key, count, dtype.itemsize).view(dtype)
-        if not view or view[0] is None:
-            return whole
-        require(type(view[0]) is tuple and len(view[0]) == 3, "it holds a storage that is none")
-        _, offset, length = view[0]
-        proper = type(offset) is int and type(length) is int and 0 <= offset <= offset + length <= count
-        require(proper, "it holds a tensor that reaches beyond its storage")
-        return whole[offset : offset + length]
-
-    def _no_storage(self, key: str, count: int, item: int) -> Tensor:
-        raise Refused("it holds a storage where none can be")
+        if dtype is None:
+            unknown = kind.name if isinstance(kind, Inert) else type(kind).__name__
+            raise Refused(f"it holds a storage of an unknown type, {unknown}")
+        require(type(key) is str and type(count) is int, "it holds an invalid storage")
+        require(self._storage is not None, "it holds a storage where none can be")
+        return self._storage(key, count, dtype.itemsize).view(dtype)
 
     def archive(self, content: bytes) -> Any:
         """The object in a file of torch.save since 1.6: an archive of a pickle and a part for each storage."""
         parts = _parts(content)
-        order = parts.get("byteorder", b"little")
-        require(order == b"little", "it was written in the byte order of another machine")
+        require(parts.get("byteorder", b"little") == b"little", "it was written in the byte order of another machine")
         storages: dict[str, Tensor] = {}
 
         def storage(key: str, count: int, item: int) -> Tensor:
@@ -124,17 +108,16 @@ class _Reader(Interpreter):
             require(len(buffers[key][1]) == count * item, "it holds a storage of two sizes")
             return _memory(buffers[key][1])
 
-        self._storage = self._no_storage
         first = self.pickle(stream)
         if type(first) is not int or first != _MAGIC:
             return first
         self.pickle(stream)  # the version of the format
         system = self.pickle(stream)
-        little = type(system) is dict and system.get("little_endian", True) is True
+        little = type(system) is dict and system.get("little_endian") is True
         require(little, "it was written in the byte order of another machine")
         self._storage = storage
         value = self.pickle(stream)
-        self._storage = self._no_storage
+        self._storage = None
         keys, position = self.pickle(stream), stream.tell()
         require(type(keys) is list and all(type(key) is str for key in keys), "it holds no list of its storages")
         require(set(buffers) <= set(keys), "it lacks a storage")
@@ -161,9 +144,8 @@ def _parts(content: bytes) -> dict[str, bytes]:
         if "constants.pkl" in inner or any(name.startswith("code/") for name in inner):
             raise OtherKind("is a TorchScript program, not a checkpoint; save the state_dict of the network instead")
         if "data.pkl" not in inner:
-            found = ascii(", ".join(names[:3]))[1:-1][:_LONGEST_NAME] if names else "nothing"
+            found = ascii(", ".join(names[:3]))[1:100] if names else "nothing"
             raise OtherKind(f"is an archive that torch.save did not make ({found}); give a .pth file")
-        require(len({name.partition("/")[0] for name in names}) == 1, "it is an archive of several folders")
         ends = [info.header_offset for info in infos[1:]] + [len(content)]
         for info, name, end in zip(infos, inner, ends, strict=True):
             stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
@@ -175,10 +157,10 @@ def _parts(content: bytes) -> dict[str, bytes]:
 
 
 class _Copy:
-    """Copies nests into ones that share nothing, do not contain themselves and are of bounded size and depth.
+    """Copies a nest into one that shares nothing, does not contain itself and is of bounded size and depth.
 
     A record may be reached in many ways and from itself: it stays one record, and what it holds is copied once.
-    Text counts wherever it occurs, once in the file or not: whoever looks at the result meets it every time.
+    Text counts wherever it occurs: whoever looks at the result meets it every time.
     """
 
     def __init__(self, size: int) -> None:
@@ -190,33 +172,34 @@ class _Copy:
         made = self._of(value, 0)
         while self._waiting:
             record = self._waiting.pop()
-            if record.arguments is not None:
-                record.arguments = self._of(record.arguments, 0)
-            record.state, record.contents = self._of(record.state, 0), self._of(record.contents, 0)
+            held = record.arguments, record.state, record.contents
+            record.arguments, record.state, record.contents = (self._of(each, 0) for each in held)
         return made
 
     def _of(self, value: Any, depth: int) -> Any:
         self._values += 1
-        require(
-            self._values <= _MOST_VALUES and depth <= _DEEPEST, "it holds too many values for a checkpoint, or itself"
-        )
-        if isinstance(value, Inert):
-            if value.name == ARRAY and isinstance(value.state, Tensor):
-                return self._tensor(value.state)
+        bounded = self._values <= _MOST_VALUES and depth <= _DEEPEST
+        require(bounded, "it holds too many values for a checkpoint, or itself")
+        if isinstance(value, Inert) and value.name == ARRAY and isinstance(value.state, Tensor):
+            value = value.state
+        if isinstance(value, Tensor):
+            size = value.numel() * value.element_size()
+            require(size <= self._size, f"it holds a tensor of shape {tuple(value.shape)}, larger than the file")
+            self._bytes += size
+            shared = self._bytes > MOST_COPIES * self._size
+            require(not shared, "it holds too many tensors that share one place in memory")
+        elif isinstance(value, Inert):
             if id(value) not in self._seen:
                 self._seen.add(id(value))
                 self._waiting.append(value)
-            return value
-        if isinstance(value, Tensor):
-            return self._tensor(value)
-        if type(value) in (dict, set, frozenset):
-            self._count(value)
-        if type(value) is dict:
-            return {key: self._of(item, depth + 1) for key, item in value.items()}
-        if type(value) in (list, tuple):
+        elif type(value) in (list, tuple):
             return type(value)([self._of(item, depth + 1) for item in value])
-        self._count((value,))
-        return value  # sets hold plain values only
+        elif type(value) is dict:
+            self._count(value)
+            return {key: self._of(item, depth + 1) for key, item in value.items()}
+        else:  # the members of a set are plain values
+            self._count(value if type(value) is set else (value,))
+        return value
 
     def _count(self, values: Any) -> None:
         """Count the text in plain values, in tuples too, which keys may be."""
@@ -224,10 +207,3 @@ class _Copy:
         self._values += len(flat)
         self._text += sum(len(each) for each in flat if type(each) in (str, bytes, bytearray))
         require(self._text <= _MOST_TEXT * self._size + 1_000_000, "it holds too many copies of one text")
-
-    def _tensor(self, value: Tensor) -> Tensor:
-        size = value.numel() * value.element_size()
-        require(size <= self._size, f"it holds a tensor of shape {tuple(value.shape)}, larger than the file")
-        self._bytes += size
-        require(self._bytes <= MOST_COPIES * self._size, "it holds too many tensors that share one place in memory")
-        return value.resolve_conj().resolve_neg()
