@@ -1,7 +1,7 @@
 """What the scripts do on a CUDA device: training speed, exact resume, scores, and the tests marked `cuda`.
 
-    python3 benchmarks/cuda.py              under eight minutes; needs requirements-dev.txt for the tests
-    python3 benchmarks/cuda.py > cuda.md    the tables alone; progress and errors stay on the screen
+    python3 benchmarks/gpu.py              under eight minutes; needs requirements-dev.txt for the tests
+    python3 benchmarks/gpu.py > gpu.md     the tables alone; progress and errors stay on the screen
 
 Runs main.py, main_binary.py and the scripts that score, as processes in a temporary folder, and reads what they
 write. A training that is still running when its share of the time is over is stopped; the epochs that it has finished
@@ -101,14 +101,14 @@ def metrics(folder: Path) -> list[dict[str, str]]:
 
 
 def measure_speed(bench: Bench, script: str, mode: str) -> float | str:
-    """Images/s of training, the median of the epochs after the first, in which things are compiled; or what failed."""
+    """Images/s of training: the median of the epochs after the first, which compiles; or what failed."""
     folder = bench.folder / f"speed-{script}-{mode}"
     status, printed = bench.run(*bench.training(script, mode, folder, "--epochs", EPOCHS), seconds=SHARE[mode])
     speeds = [float(row["images_per_second"]) for row in metrics(folder)]
     if status:
         return bench.broken(status, printed)
     if not speeds:
-        return bench.fail(f"no epoch in {SHARE[mode]:.0f} s")
+        return bench.fail("out of time in its first epoch")
     return statistics.median(speeds[1:] or speeds)
 
 
@@ -231,7 +231,7 @@ def make_parser() -> cli.ArgumentParser:
 def main() -> None:
     args = make_parser().parse_args()
     if args.device != "cpu" and not torch.cuda.is_available():
-        raise cli.UserError("benchmarks/cuda.py: torch finds no CUDA device here; run it on a machine that has one")
+        raise cli.UserError("benchmarks/gpu.py: torch finds no CUDA device here; run it on a machine that has one")
     device = cli.select_device(args.device)
     data = cifar10.load(args.data_dir)  # downloaded, where it is missing, before the clock starts
     with tempfile.TemporaryDirectory() as folder:
