@@ -157,7 +157,7 @@ def check_resume(bench: Bench, mode: str) -> str:
         if status != 0
         else f"; two runs that nothing stopped {'differ too' if differing(whole, again) else 'do not'}"
     )
-    return bench.fail(f"no, {len(different)} values differ{known}")
+    return bench.fail(f"no, {len(different)} tensors or metrics differ{known}")
 
 
 def accuracy(bench: Bench, path: Path, device: object) -> float | str:
