@@ -146,6 +146,7 @@ def select_device(name: str, threads: int | None = None) -> torch.device:
     if threads is not None:
         torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = False  # torch's default there are products of 10 bits
+    torch.backends.cudnn.deterministic = True  # else no run could be repeated bit for bit
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -158,6 +159,8 @@ def select_device(name: str, threads: int | None = None) -> torch.device:
         raise UserError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices; use --device cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device {name}: torch finds no Metal device; use --device cpu")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # its generator is then the one that is saved and restored
     return device
 
 

@@ -22,6 +22,7 @@ for folder in (ROOT, ROOT / "tests"):
 import data_files  # noqa: E402 - needs the path
 import runs  # noqa: E402
 import script_server  # noqa: E402
+import torch  # noqa: E402
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and every process they start would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -46,7 +47,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("full") and not config.getoption("--full"):
             item.add_marker(pytest.mark.skip(reason="the long form: run with --full"))
-        slow = any(item.get_closest_marker(name) for name in ("full", "real_data", "slow"))
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="torch finds no CUDA device"))
+        slow = any(item.get_closest_marker(name) for name in ("cuda", "full", "real_data", "slow"))
         if not slow and not STARTS_PROCESSES & set(item.fixturenames):
             item.add_marker(pytest.mark.quick)
 

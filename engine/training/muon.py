@@ -18,7 +18,7 @@ the oldest torch that is supported, and orthogonalizes all weights of one shape 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -60,18 +60,24 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape[p.shape].append(p)
+            weights = [p for p in group["params"] if p.grad is not None]
+            by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+            for p, update in zip(weights, self._nesterov(weights, group["momentum"]), strict=True):
+                by_shape[p.shape].append((p, update))
             for alike in by_shape.values():
-                updates = torch.stack([self._nesterov(p, group["momentum"]).flatten(1) for p in alike])
+                updates = torch.stack([update for _, update in alike]).flatten(2)
                 updates = orthogonalize(updates, group["steps"])  # (weights of this shape, out, in * ...)
                 updates = updates / updates.square().mean(dim=(1, 2), keepdim=True).sqrt().clamp(min=TINY)
-                for p, update in zip(alike, updates, strict=True):
+                for (p, _), update in zip(alike, updates, strict=True):
                     p.add_(update.view(p.shape), alpha=-group["lr"])
 
-    def _nesterov(self, p: nn.Parameter, momentum: float) -> Tensor:
-        average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-        average.lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(average, momentum)
+    def _nesterov(self, weights: list[nn.Parameter], momentum: float) -> Sequence[Tensor]:
+        """The averages moved on by the gradients; returns U of each weight."""
+        if not weights:
+            return []
+        for p in weights:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        averages, gradients = [self.state[p]["momentum_buffer"] for p in weights], [p.grad for p in weights]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)  # on a GPU one kernel launch for all, here and below
+        return torch._foreach_lerp(gradients, averages, momentum)
