@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,18 +33,26 @@ from engine.training.tracking import FlipRateMeter
 from models import BC, build
 from models.quantizers import deterministic_sign, stochastic_sign
 
-LATENT_LR = {"muon": 0.01, "adam": 0.01, "sgd": 10.0}  # docs/experiments.md, sections 1, 2 and 19
+# Optimizers of the latent weights: class, peak learning rate, further arguments (docs/experiments.md, 1, 2 and 19).
+LATENT_OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], float, dict[str, Any]]] = {
+    "muon": (Muon, 0.01, {}),
+    "adam": (Adam, 0.01, {"fused": True}),
+    "sgd": (SGD, 10.0, {"momentum": 0.9, "nesterov": True, "fused": True}),
+}
 
 
 def make_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Train a CIFAR-10 ResNet whose weights are one bit each, with BinaryConnect.")
     add_training_options(parser, lr=0.1, weight_decay=1e-4)
     group = parser.add_argument_group("BinaryConnect (--lr and --weight-decay are those of all other parameters)")
-    group.add_argument("--optimizer", choices=LATENT_LR, default="muon", help="optimizer of the latent weights")
+    rates = ", ".join(f"{rate:g} for {name}" for name, (_, rate, _) in LATENT_OPTIMIZERS.items())
+    group.add_argument(
+        "--optimizer", choices=LATENT_OPTIMIZERS, default="muon", help="optimizer of the latent weights"
+    )
     group.add_argument(
         "--latent-lr",
         type=cli.number(0),
-        help="peak learning rate of the latent weights (default: 0.01 for muon and adam, 10 for sgd)",
+        help=f"peak learning rate of the latent weights (default: {rates})",
     )
     group.add_argument(
         "--logit-scale",
@@ -78,20 +87,15 @@ def load_init(run: Run) -> checkpoints.Checkpoint | None:
 def make_optimizers(args: argparse.Namespace, bc: BC) -> list[Optimizer]:
     """One optimizer for the latent weights, one for biases and BatchNorm.
 
-    Weight decay would drag latent weights towards zero, where signs flip at random: they have none.
+    Weight decay would drag latent weights towards zero, where noise flips their signs: they have none.
     """
     latent = bc.targets()
-    ours = {id(weight) for weight in latent}
-    others = [p for p in bc.model.parameters() if id(p) not in ours]
-    group = {"params": latent, "name": "latent_lr", "lr": args.latent_lr}
-    if args.optimizer == "muon":
-        first: Optimizer = Muon([group])
-    elif args.optimizer == "adam":
-        first = Adam([group], fused=True)
-    else:
-        first = SGD([group], momentum=0.9, nesterov=True, fused=True)
-    second = SGD(others, lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=True)
-    return [first, second]
+    binarized = {id(weight) for weight in latent}
+    others = [p for p in bc.model.parameters() if id(p) not in binarized]
+    group = {"params": latent, "lr": args.latent_lr, "name": "latent_lr"}  # the name of its column in metrics.csv
+    make, _, options = LATENT_OPTIMIZERS[args.optimizer]
+    sgd = SGD(others, lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=True)
+    return [make([group], **options), sgd]
 
 
 def make_train_step(
@@ -127,7 +131,7 @@ def make_train_step(
 def train(run: Run) -> None:
     args = run.args
     if args.latent_lr is None:
-        args.latent_lr = LATENT_LR[args.optimizer]
+        args.latent_lr = LATENT_OPTIMIZERS[args.optimizer][1]
     init, teacher = load_init(run), load_teacher(run)
     rank, world_size = distributed.rank(), distributed.world_size()
     data, loader = cifar10.load_for_training(args, run.device, rank=rank, world_size=world_size)

@@ -27,7 +27,7 @@ from engine import checkpoints
 from engine.checkpoints import LAST
 from engine.cli import as_typed
 from engine.files import FolderLock
-from engine.training.schedule import warmup_steps, warmup_then_cosine
+from engine.training.schedule import make_scheduler, warmup_steps
 from models import BC, build
 from models.quantizers import stochastic_sign
 
@@ -94,7 +94,7 @@ class OneProcess:
         """before and after: what surrounds the two backward passes; the steps of the optimizers come in between."""
         epochs, steps = self.args.epochs, self.loaders[0].steps_per_epoch
         warmup = warmup_steps(epochs, self.args.warmup_epochs, steps)
-        schedulers = [warmup_then_cosine(optimizer, epochs * steps, warmup) for optimizer in optimizers]
+        schedulers = [make_scheduler(optimizer, epochs * steps, warmup) for optimizer in optimizers]
         for epoch in range(epochs):
             self.loss_sum.zero_()
             for halves in zip(*(loader.epoch(epoch) for loader in self.loaders), strict=True):
@@ -158,7 +158,7 @@ def test_full_precision_equals_one_process(float_run: tuple[Path, str], small_da
 @pytest.mark.usefixtures("one_thread")
 def test_binaryconnect_equals_one_process(binary_run: tuple[Path, str], small_data: Path) -> None:
     reference = OneProcess(main_binary, small_data, BINARY_OPTIONS)
-    reference.args.latent_lr = main_binary.LATENT_LR["muon"]
+    reference.args.latent_lr = main_binary.LATENT_OPTIMIZERS["muon"][1]
     bc = BC(reference.model, quantizer=stochastic_sign)
     bc.clip()
     optimizers = main_binary.make_optimizers(reference.args, bc)

@@ -40,7 +40,7 @@ def arch(request: pytest.FixtureRequest) -> str:
 
 
 def test_the_five_networks_are_there_under_their_names():
-    assert {name: getattr(models, name) for name in DEPTHS} == ARCHITECTURES
+    assert {name: getattr(models, name) for name in DEPTHS}.items() <= ARCHITECTURES.items()
 
 
 def test_parameters_and_layers_are_those_published(arch):

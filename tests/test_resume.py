@@ -97,7 +97,10 @@ def test_any_optimizer_resumes_bit_for_bit(
     script: Any, optimizer: Callable[..., Any], small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is put in the place of the one that the script names."""
-    monkeypatch.setattr(*((main_binary, "Adam") if script is main_binary else (torch.optim, "SGD")), optimizer)
+    if script is main_binary:
+        monkeypatch.setitem(main_binary.LATENT_OPTIMIZERS, "adam", (optimizer, 0.01, {}))
+    else:
+        monkeypatch.setattr(torch.optim, "SGD", optimizer)
     options = small_options(small_data, epochs=2) + (["--optimizer", "adam"] if script is main_binary else [])
     run_here(script, tmp_path / "whole", monkeypatch, *options)
     stop_at_step(6, monkeypatch, lambda: run_here(script, tmp_path / "parts", monkeypatch, *options))
@@ -108,7 +111,7 @@ def test_any_optimizer_resumes_bit_for_bit(
 def test_an_optimizer_that_could_not_resume_is_refused_before_training(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(main_binary, "Adam", lambda groups, **_: LBFGS(groups))
+    monkeypatch.setitem(main_binary.LATENT_OPTIMIZERS, "adam", (lambda groups: LBFGS(groups), 0.01, {}))
     with pytest.raises(UserError, match="LBFGS"):
         run_here(main_binary, tmp_path, monkeypatch, *small_options(small_data), "--optimizer", "adam")
     assert [path.name for path in tmp_path.iterdir()] == [".run.lock"]

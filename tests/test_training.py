@@ -33,7 +33,7 @@ from engine.cli import UserError
 from engine.evaluate import Scores, evaluate
 from engine.training.distillation import distillation_loss
 from engine.training.loop import Trainer
-from engine.training.schedule import repeat_steps, warmup_steps, warmup_then_cosine
+from engine.training.schedule import make_scheduler, repeat_steps, warmup_steps
 from models import BC, build
 from models.binaryconnect import binarize_model
 
@@ -129,7 +129,7 @@ def rates(epochs: int, warmup_epochs: float, peak: float, per_epoch: int, *, beg
     """The rate of each step from `begin` on."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
     warmup = warmup_steps(epochs, warmup_epochs, per_epoch)
-    scheduler = warmup_then_cosine(optimizer, epochs * per_epoch, warmup)
+    scheduler = make_scheduler(optimizer, epochs * per_epoch, warmup)
     repeat_steps([scheduler], begin)
     found = []
     for _ in range(begin, epochs * per_epoch):

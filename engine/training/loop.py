@@ -26,11 +26,12 @@ from engine.evaluate import Scores, evaluate
 from engine.training import distributed
 from engine.training.curves import draw_curves
 from engine.training.run import Run, plain_options
-from engine.training.schedule import repeat_steps, warmup_steps, warmup_then_cosine
+from engine.training.schedule import make_scheduler, repeat_steps, warmup_steps
 from engine.training.state import check_best, check_form, check_history, in_own_memory, state_after_a_step
 from engine.training.tracking import FlipRateMeter, write_metrics
 from engine.training.wandb_run import WandbRun
 from models import weight_layers
+from models.quantizers import SIGN_QUANTIZERS
 
 if TYPE_CHECKING:
     from cifar10 import Data, TrainLoader
@@ -49,7 +50,7 @@ class Trainer:
     optimizers: list[Optimizer]
     loader: TrainLoader
     data: Data  # the best epoch is chosen on its split "val", or on "test" where there is none
-    step: Step  # everything that one step of training does, schedule apart
+    step: Step  # everything that one training step does, except for the schedule
     scoring: Callable[[], AbstractContextManager] = nullcontext  # the network is scored in it: binarized, for example
     logit_scale: float = 1.0
     meter: FlipRateMeter | None = None  # measures a whole epoch
@@ -58,13 +59,14 @@ class Trainer:
     def __post_init__(self) -> None:
         run, steps = self.run, self.loader.steps_per_epoch
         self.chosen_on = "val" if self.data.count("val") else "test"
+        # What a saved state must look like, to refuse others.
         self.forms = [state_after_a_step(optimizer) for optimizer in self.optimizers]
         warmup = warmup_steps(run.args.epochs, run.args.warmup_epochs, steps)
         if not run.resumed and warmup != round(run.args.warmup_epochs * steps):
             short = f"--epochs {run.args.epochs} is that short"
             run.print_once(f"Warm-up shortened to one fifth of the run, {warmup} steps: {short}.")
         total = run.args.epochs * steps
-        self.schedulers = [warmup_then_cosine(optimizer, total, warmup) for optimizer in self.optimizers]
+        self.schedulers = [make_scheduler(optimizer, total, warmup) for optimizer in self.optimizers]
         self.epoch = 0  # finished epochs
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {}
@@ -325,7 +327,8 @@ class Trainer:
         run.print_once(f"Best epoch ({self.best['epoch']}), {BEST}, chosen {how}:")
         self.model.load_state_dict(self.best["state_dict"])
         run.print_once(self._score("test").accuracy_line())
-        script = "eval.py" if run.kind == "float" else "eval_binarized.py"
+        # Only weights that were binarized by their sign can be binarized for good.
+        script = "eval_binarized.py" if self.extra.get("quantizer") in SIGN_QUANTIZERS else "eval.py"
         run.print_once(f"\nNext: {run.command(script, run.folder / BEST, places=('data_dir',))}")
 
     def interrupt_message(self) -> str:

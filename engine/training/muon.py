@@ -4,8 +4,8 @@ Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024
 (https://kellerjordan.github.io/posts/muon/). For the gradient G of a weight, with momentum b and learning rate lr:
 
     M <- b M + (1 - b) G            momentum, as an average
-    U  = b M + (1 - b) G            Nesterov
-    O  = orthogonalize(U)           U, S, V = svd(U), then about U V^T: every direction moves alike
+    N  = b M + (1 - b) G            Nesterov
+    O  = orthogonalize(N)           about U V^T of the decomposition N = U S V^T: every direction moves alike
     W <- W - lr * O / rms(O)        the root mean square of an update is lr, whatever the shape
 
 A gradient that is large in a few directions moves latent weights in those only; orthogonalized, the rare directions

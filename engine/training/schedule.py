@@ -1,7 +1,8 @@
 """The learning rate: linear warm-up, then cosine annealing to zero, step by step.
 
 Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2017, without restarts.
-Another schedule is another function here: any torch scheduler, or a chain of them, whose `step()` takes no argument.
+For another schedule change `make_scheduler`: any torch scheduler, or a chain of them, whose `step()` needs no argument,
+is resumed.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 
 
 def warmup_steps(epochs: int, warmup_epochs: float, steps_per_epoch: int) -> int:
-    """Steps of warm-up: those of `warmup_epochs`, but a fifth of a run that is not longer than twice that."""
+    """Steps of warm-up: those of `warmup_epochs`, or a fifth of the run where they would be half of it or more."""
     if warmup_epochs == 0 or epochs > 2 * warmup_epochs:
         return round(warmup_epochs * steps_per_epoch)
     return epochs * steps_per_epoch // 5
 
 
-def warmup_then_cosine(optimizer: Optimizer, total: int, warmup: int) -> LRScheduler:
-    """The factor on each group's rate is (t + 1) / (warmup + 1) for step t < warmup, then (1 + cos(pi s)) / 2.
+def make_scheduler(optimizer: Optimizer, total: int, warmup: int) -> LRScheduler:
+    """Linear warm-up, then a cosine: the factor on each group's rate is (t + 1) / (warmup + 1) for step t < warmup, then (1 + cos(pi s)) / 2.
 
     s runs from 0 to 1 over the total - warmup steps after it. Call `.step()` once after each optimizer step.
     """
