@@ -229,8 +229,8 @@ def test_longer_epochs_wait_no_more_often(small_data: Path, tmp_path: Path, monk
 def test_a_step_equals_that_of_the_cpu(
     name: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To rounding: the changes of all weights together. On a CPU float32 and float64 differ by 0.4 to 0.7 %; with
-    Adam, whose first step is nearly the sign of the gradient, by 4 %."""
+    """To rounding: the changes of all weights together. Float32 and float64 differ by 0.4 to 0.7 %; with Adam,
+    whose first step is nearly the sign of the gradient, by 4 %."""
     script, options = TRAININGS[name]
     options = [*small_options(small_data), *options, "--precision", "float32"]
     losses, changes = [], []

@@ -21,9 +21,10 @@ def warmup_steps(epochs: int, warmup_epochs: float, steps_per_epoch: int) -> int
 
 
 def make_scheduler(optimizer: Optimizer, total: int, warmup: int) -> LRScheduler:
-    """Linear warm-up, then a cosine: the factor on each group's rate is (t + 1) / (warmup + 1) for step t < warmup, then (1 + cos(pi s)) / 2.
+    """Linear warm-up, then a cosine to zero. Call `.step()` once after each optimizer step.
 
-    s runs from 0 to 1 over the total - warmup steps after it. Call `.step()` once after each optimizer step.
+    The factor on each group's rate is (t + 1) / (warmup + 1) for step t < warmup, then (1 + cos(pi s)) / 2, where s runs
+    from 0 to 1 over the total - warmup steps after it.
     """
     cosine = CosineAnnealingLR(optimizer, T_max=total - warmup)
     if warmup == 0:
