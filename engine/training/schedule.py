@@ -1,8 +1,8 @@
 """The learning rate: linear warm-up, then cosine annealing to zero, step by step.
 
 Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2017, without restarts.
-For another schedule change `make_scheduler`: any torch scheduler, or a chain of them, whose `step()` needs no argument,
-is resumed.
+For another schedule change `make_scheduler`: any torch scheduler, or a chain of them, whose `step()` needs no
+argument, is resumed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def warmup_steps(epochs: int, warmup_epochs: float, steps_per_epoch: int) -> int
 def make_scheduler(optimizer: Optimizer, total: int, warmup: int) -> LRScheduler:
     """Linear warm-up, then a cosine to zero. Call `.step()` once after each optimizer step.
 
-    The factor on each group's rate is (t + 1) / (warmup + 1) for step t < warmup, then (1 + cos(pi s)) / 2, where s runs
-    from 0 to 1 over the total - warmup steps after it.
+    The factor on each group's rate is (t + 1) / (warmup + 1) for step t < warmup, then (1 + cos(pi s)) / 2, where s
+    runs from 0 to 1 over the total - warmup steps after it.
     """
     cosine = CosineAnnealingLR(optimizer, T_max=total - warmup)
     if warmup == 0:
