@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from engine import checkpoints
 from engine.checkpoints import Checkpoint
 from engine.cli import UserError
-from engine.report import print_headline
+from engine.report import headline
 
 pytestmark = pytest.mark.slow  # all of them together
 
@@ -314,13 +314,11 @@ def test_what_python_2_and_torch_0_3_wrote_on_a_gpu(tmp_path):
 # -- what is said ----------------------------------------------------------------------------------------------
 
 
-def test_notes_say_what_was_done(tmp_path, capsys):
+def test_notes_say_what_was_done(tmp_path):
     beside = {"bc": prefixed("module.net.", with_fc()), "options": argparse.Namespace(a=1), "epoch": 7}
     loaded = opened(saved(tmp_path / "a.pth", beside))
     notes = " ".join(loaded.notes)
-    print_headline(loaded)
-    printed = capsys.readouterr().out.splitlines()
-    assert all(f"  {note}" in printed for note in loaded.notes)
+    assert all(f"  {note}" in headline(loaded) for note in loaded.notes)
     assert all(word in notes for word in ("'bc'", "'module.net.'", "116", "'fc'", "'linear'", "argparse.Namespace"))
     assert "nothing was run" in notes
     assert (loaded.weights_key, loaded.epoch) == ("bc", 7)
