@@ -105,9 +105,11 @@ def test_a_step_reads_nothing_from_the_device(
 
     monkeypatch.setattr(cli, "select_device", lambda *_: META)
     monkeypatch.setattr(runtime, "autocast", lambda *_: contextlib.nullcontext())
-    for name in ("SGD", "Adam"):
-        monkeypatch.setattr(torch.optim, name, plain(getattr(torch.optim, name)))
-        monkeypatch.setattr(main_binary, name, getattr(torch.optim, name))
+    monkeypatch.setattr(torch.optim, "SGD", plain(torch.optim.SGD))
+    monkeypatch.setattr(main_binary, "SGD", torch.optim.SGD)
+    for name, (optimizer, rate, more) in main_binary.LATENT_OPTIMIZERS.items():
+        unfused = {key: value for key, value in more.items() if key != "fused"}
+        monkeypatch.setitem(main_binary.LATENT_OPTIMIZERS, name, (optimizer, rate, unfused))
     made = prepare(script, tmp_path, monkeypatch, *small_options(small_data), *options)
     made.step(*next(made.batches))  # constants of the normalization, the optimizers' state
     with without_waiting():
