@@ -214,9 +214,12 @@ def test_reading_takes_time_in_proportion_to_the_file(tmp_path):
     seconds = []
     for count in (500, 8000):
         torch.save({f"layer.{i}": torch.zeros(10) for i in range(count)}, tmp_path / "a.pth")
-        start = time.perf_counter()
-        checkpoints.examine(tmp_path / "a.pth")
-        seconds.append(time.perf_counter() - start)
+        tries = []
+        for _ in range(3):
+            start = time.process_time()  # of this process: others may be busy
+            checkpoints.examine(tmp_path / "a.pth")
+            tries.append(time.process_time() - start)
+        seconds.append(min(tries))
     assert seconds[1] < 40 * max(seconds[0], 0.01), seconds
 
 

@@ -107,6 +107,8 @@ class Trainer:
 
     def _load_training_state(self, resumed: checkpoints.Checkpoint, expected: dict[str, Any]) -> None:
         state = resumed.raw["training"]
+        if not isinstance(state["generators"], dict) or not isinstance(state["optimizers"], list):
+            raise TypeError("generators or optimizers of another type")  # torch warns where a tensor is taken for one
         if state["labels"] != expected["labels"]:
             raise UserError(f"{resumed.path}: was run on other training images than --data-dir holds; use the same")
         before, now = state["processes"], expected["processes"]
