@@ -22,7 +22,10 @@ sys.path.pop(0)  # the folder of this file: wandb must not find the modules in i
 try:
     import wandb
 
-    run = wandb.init(**json.loads(sys.stdin.readline()))
+    arguments = json.loads(sys.stdin.readline())
+    if os.environ["WANDB_MODE"] == "offline":
+        del arguments["settings"]["init_timeout"]  # it is for networks; a busy machine may need longer
+    run = wandb.init(**arguments)
 except Exception as error:  # also where no API key is configured
     reason = f" ({(str(error) or type(error).__name__).splitlines()[0]})"
     if os.environ["WANDB_MODE"] == "offline":
@@ -33,6 +36,7 @@ except Exception as error:  # also where no API key is configured
 tell(run.url or f"offline{''.join(WHY_OFFLINE)}; to upload it later: wandb sync {FOLDER}/offline-run-*")
 exit_code = None
 while exit_code is None:
+    killed = os.getppid() != int(TRAINING)  # asked first: what the training sent before its end is still read
     if line := sys.stdin.readline():
         message = json.loads(line)
         if "histogram" in message:
@@ -41,10 +45,10 @@ while exit_code is None:
             run.log(message["row"], step=message["row"]["epoch"])
         run.summary.update(message.get("summary", {}))
         exit_code = message.get("exit_code")
-    elif os.getppid() == int(TRAINING):
-        time.sleep(0.1)
+    elif killed:
+        exit_code = 1
     else:
-        exit_code = 1  # the training was killed
+        time.sleep(0.1)
 threading.Timer(10, os._exit, [1]).start()  # finish() may wait for the network
 run.finish(exit_code=exit_code)
 os._exit(0)  # wandb's exit handlers may wait too
