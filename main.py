@@ -19,7 +19,7 @@ import cifar10
 from engine import cli
 from engine.training import distributed
 from engine.training.distillation import add_teacher_options, load_teacher, make_criterion
-from engine.training.loop import fit
+from engine.training.loop import Trainer
 from engine.training.run import Run, add_training_options, closing_run
 from models import build
 
@@ -68,9 +68,8 @@ def train(run: Run) -> None:
     criterion = make_criterion(run, teacher)
 
     train_step = make_train_step(run, network, optimizer, criterion)
-    run.describe(model, len(data.train), data.scored_on)
     extra = {"teacher_sha256": teacher.sha256 if teacher else None}
-    fit(run, model, [optimizer], loader, data, train_step, extra=extra)
+    Trainer(run, model, [optimizer], loader, data, train_step, extra=extra).fit()
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from engine import checkpoints, cli
 from engine.cli import UserError
 from engine.training import distributed
 from engine.training.distillation import add_teacher_options, load_teacher, make_criterion
-from engine.training.loop import fit
+from engine.training.loop import Trainer
 from engine.training.muon import Muon
 from engine.training.run import Run, add_training_options, closing_run
 from engine.training.tracking import FlipRateMeter
@@ -146,8 +146,7 @@ def train(run: Run) -> None:
     criterion = make_criterion(run, teacher)
 
     train_step = make_train_step(run, bc, network, optimizers, criterion)
-    run.describe(model, len(data.train), data.scored_on)
-    fit(
+    trainer = Trainer(
         run,
         model,
         optimizers,
@@ -163,6 +162,7 @@ def train(run: Run) -> None:
             "teacher_sha256": teacher.sha256 if teacher else None,
         },
     )
+    trainer.fit()
 
 
 def main() -> None:

@@ -4,8 +4,8 @@
     python3 benchmarks/train_throughput.py --quick    a minute: no compiler, few steps, rough figures
 
 All of it in one process, a few steps of each in turn, over and over: what else the machine does then hits all alike.
-Ours are the scripts themselves, up to `fit`, and `Trainer.train_epoch`: only scoring and saving are left out. The
-latent weights have Muon, the default, and in one row Adam: what that changes is in the column "optimizer".
+Ours are the scripts themselves with `Trainer.train_epoch` in place of `Trainer.fit`: only scoring and saving are left
+out. The latent weights have Muon, the default, and in one row Adam: the column "optimizer" shows what that changes.
 """
 
 from __future__ import annotations
@@ -171,10 +171,10 @@ class Ours(Variant):
         args = script.make_parser().parse_args([*options, "--precision", precision])
         args.compile = compiled
         self.run = Run(args, CPU, Path("."), "latent" if binary else "float", None, None)
-        self.run.describe = lambda *_: None
         self.run.compile_and_parallelize = self._take_network
-        ours = {"fit": self._take, "make_criterion": self._make_criterion}
-        with mock.patch.multiple(script, **ours), mock.patch("cifar10.load", return_value=data):
+        takes = mock.patch.object(Trainer, "fit", lambda trainer: self._take(trainer))
+        criterion = mock.patch.object(script, "make_criterion", self._make_criterion)
+        with takes, criterion, mock.patch("cifar10.load", return_value=data):
             script.train(self.run)
 
     def _take_network(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -193,14 +193,12 @@ class Ours(Variant):
 
         return timing
 
-    def _take(
-        self, run: Run, model: nn.Module, optimizers: list, loader: Any, data: Any, step: Any, **more: Any
-    ) -> None:
-        """In place of `fit`."""
-        self.batches = self._full_batches(loader, run.args.batch_size)
-        self.steps_per_epoch, self.labels = 1000, loader.labels  # what the trainer asks of a loader
-        self.trainer = Trainer(run, model, optimizers, self, data, step, meter=more.get("meter"))
-        for optimizer in optimizers:
+    def _take(self, trainer: Trainer) -> None:
+        """In place of `Trainer.fit`."""
+        self.trainer, self.batches = trainer, self._full_batches(trainer.loader, self.run.args.batch_size)
+        self.labels = trainer.loader.labels  # what the trainer asks of a loader: this, and `epoch`
+        trainer.loader = self
+        for optimizer in trainer.optimizers:
             optimizer.zero_grad = self.timed("optimizer", optimizer.zero_grad)
             optimizer.step = self.timed("optimizer", optimizer.step)
 

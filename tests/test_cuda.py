@@ -27,6 +27,7 @@ import main
 import main_binary
 from engine import checkpoints, cli, runtime
 from engine.checkpoints import BEST, FINAL
+from engine.training.loop import Trainer
 from models import BC, build
 from models.binaryconnect import binarize_model
 from models.quantizers import stochastic_sign
@@ -43,14 +44,14 @@ every_training = pytest.mark.parametrize(("script", "options"), TRAININGS.values
 
 
 def prepare(script: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: object) -> SimpleNamespace:
-    """A training up to `fit`, which does not run: its model, loader and step."""
+    """A training up to `Trainer.fit`, which does not run: its model, loader and step."""
     made = SimpleNamespace()
 
-    def take(_run: Any, model: Any, _optimizers: Any, loader: Any, _data: Any, step: Any, **_: Any) -> None:
-        made.model, made.batches, made.step = model, loader.epoch(0), step
+    def take(trainer: Trainer) -> None:
+        made.model, made.batches, made.step = trainer.model, trainer.loader.epoch(0), trainer.step
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, "fit", take)
+        patch.setattr(Trainer, "fit", take)
         run_here(script, folder, patch, *options)
     return made
 

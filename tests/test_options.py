@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ import main
 import main_binary
 from engine import cli, runtime
 from engine.cli import UserError
+from engine.training.loop import Trainer
 from engine.training.run import Run
 from models import build
 
@@ -113,9 +115,12 @@ def test_precision_of_a_gpu(capability: tuple[int, int], precision: str, monkeyp
 
 def test_emulation_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     args = main.make_parser().parse_args(["--precision", "bfloat16"])
+    run, data = Run(args, CPU, Path("."), "float", None, None), SimpleNamespace(train=[0], scored_on="1 test image")
+    loader = SimpleNamespace(steps_per_epoch=1)
+    trainer = SimpleNamespace(run=run, model=build("resnet20"), data=data, loader=loader, warmup=5)
     for units, notes in ((False, 1), (True, 0)):
         monkeypatch.setattr(runtime, "cpu_has_bfloat16_units", lambda units=units: units)
-        Run(args, CPU, Path("."), "float", None, None).describe(build("resnet20"), 1, "1 test image")
+        Trainer.describe(trainer)
         assert capsys.readouterr().out.count("bfloat16 may be emulated") == notes
 
 

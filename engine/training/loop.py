@@ -1,6 +1,6 @@
 """The loop that both trainings share: epochs, progress, scoring, saving, resuming.
 
-A script makes a `Run` (run.py), builds its network and optimizers, and gives `fit` the function that does one step.
+A script makes a `Run` (run.py), builds its network and optimizers, and gives `Trainer` the function of one step.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from engine import checkpoints, runtime
 from engine.checkpoints import BEST, FINAL, LAST
 from engine.cli import Interrupted, UserError, reason
 from engine.evaluate import Scores, evaluate
+from engine.report import counted
 from engine.training import distributed
 from engine.training.curves import draw_curves
 from engine.training.run import Run, plain_options
@@ -43,7 +44,7 @@ _CURVES_SECONDS = 60.0  # drawing takes about a second: not at the end of every 
 
 @dataclass(eq=False)
 class Trainer:
-    """Runs the epochs of one run and keeps its files. Use through `fit`."""
+    """One training: `Trainer(...).fit()` trains `model` with `step`, with everything around it."""
 
     run: Run
     model: nn.Module  # the bare network, whose state_dict is saved; its weights are what the optimizers change
@@ -61,12 +62,8 @@ class Trainer:
         self.chosen_on = "val" if self.data.count("val") else "test"
         # What a saved state must look like, to refuse others.
         self.forms = [state_after_a_step(optimizer) for optimizer in self.optimizers]
-        warmup = warmup_steps(run.args.epochs, run.args.warmup_epochs, steps)
-        if not run.resumed and warmup != round(run.args.warmup_epochs * steps):
-            short = f"--epochs {run.args.epochs} is that short"
-            run.print_once(f"Warm-up shortened to one fifth of the run, {warmup} steps: {short}.")
-        total = run.args.epochs * steps
-        self.schedulers = [make_scheduler(optimizer, total, warmup) for optimizer in self.optimizers]
+        self.warmup, total = warmup_steps(run.args.epochs, run.args.warmup_epochs, steps), run.args.epochs * steps
+        self.schedulers = [make_scheduler(optimizer, total, self.warmup) for optimizer in self.optimizers]
         self.epoch = 0  # finished epochs
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {}
@@ -165,6 +162,39 @@ class Trainer:
 
     # -- the loop ------------------------------------------------------------------------------------------
 
+    def fit(self) -> None:
+        """Train for the run's epochs, keep its files, and print how it ended.
+
+        Raises UserError where the loss is not finite; after Ctrl-C or SIGTERM Interrupted, which says what is saved.
+        """
+        self.describe()
+        try:
+            self.train()
+            self.finish()
+        except Interrupted as stop:
+            stop.message = self.interrupt_message() if distributed.is_writer() else ""
+            raise
+
+    def describe(self) -> None:
+        """Print the head of the run: the network, the data, the machine."""
+        run, args = self.run, self.run.args
+        total = sum(p.numel() for p in self.model.parameters())
+        weights = sum(layer.weight.numel() for _, layer in weight_layers(self.model))
+        quantized = f", {weights:,} of them {self.weights_in_words}" if run.kind == "latent" else ""
+        run.print_once(f"{args.arch}: {total:,} parameters{quantized}")
+        run.print_once(f"data: {len(self.data.train):,} training images, scored on {self.data.scored_on}")
+        schedule = f"{counted(args.epochs, 'epoch')} of batches of {args.batch_size}, seed {args.seed}"
+        run.print_once(f"run: {schedule}, into {run.folder}/")
+        processes = distributed.world_size()
+        several = f", {processes} processes" if processes > 1 else ""
+        mode = "compiled" if args.compile else "eager"
+        run.print_once(f"machine: {runtime.describe(run.device)}{several}, {args.precision}, {mode}")
+        if runtime.may_be_emulated(args.precision, run.device):
+            run.print_once("Note: neither AMX nor AVX-512 BF16 found: bfloat16 may be emulated, many times slower.")
+        if not run.resumed and self.warmup != round(args.warmup_epochs * self.loader.steps_per_epoch):
+            short = f"--epochs {args.epochs} is that short"
+            run.print_once(f"Warm-up shortened to one fifth of the run, {self.warmup} steps: {short}.")
+
     def train(self) -> None:
         run = self.run
         if run.resumed:
@@ -196,6 +226,12 @@ class Trainer:
             exit_code = 0
         finally:
             wandb_run.finish(exit_code, self.summary())
+
+    @property
+    def weights_in_words(self) -> str:
+        """What the latent weights are in the forward pass: "binary", or the name of another quantizer."""
+        name = self.extra.get("quantizer")
+        return "binary" if name in SIGN_QUANTIZERS else str(name)
 
     def latent_weights(self) -> Tensor:
         """All of them, (n,)."""
@@ -313,7 +349,8 @@ class Trainer:
         self.run.check_folder()
         write_metrics(self.run.folder, self.history)
         if always or time.perf_counter() - self._curves_drawn > _CURVES_SECONDS:
-            how = "full precision" if self.run.kind == "float" else "BinaryConnect, scored with binary weights"
+            latent = f"BinaryConnect, scored with {self.weights_in_words} weights"
+            how = "full precision" if self.run.kind == "float" else latent
             draw_curves(self.run.folder, self.history, f"{self.run.args.arch}, {how}")
             self._curves_drawn = time.perf_counter()
 
@@ -330,7 +367,7 @@ class Trainer:
         self.model.load_state_dict(self.best["state_dict"])
         run.print_once(self._score("test").accuracy_line())
         # Only weights that were binarized by their sign can be binarized for good.
-        script = "eval_binarized.py" if self.extra.get("quantizer") in SIGN_QUANTIZERS else "eval.py"
+        script = "eval_binarized.py" if self.weights_in_words == "binary" else "eval.py"
         run.print_once(f"\nNext: {run.command(script, run.folder / BEST, places=('data_dir',))}")
 
     def interrupt_message(self) -> str:
@@ -338,31 +375,8 @@ class Trainer:
         last = self.run.folder / LAST
         if self.owns_folder and last.exists():
             epoch = checkpoints.load(last).epoch  # a signal may come just after it was written
-            saved = f"{last} holds {epoch} of {self.run.args.epochs} epochs"
+            saved = f"{last} holds {epoch} of {counted(self.run.args.epochs, 'epoch')}"
             return f"Stopped. {saved}. Go on with: {self.run.resume_command()}"
         if self.run.resumed:
             return "Stopped before the first step: nothing was saved; start again with the same command."
         return "Stopped in the first epoch: nothing is saved yet; start again without --resume."
-
-
-def fit(
-    run: Run,
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    loader: TrainLoader,
-    data: Data,
-    step: Step,
-    **more: Any,
-) -> None:
-    """Train `model` with `step` for the run's epochs, with everything around it, and print how it ended.
-
-    The arguments are the fields of `Trainer`.
-    Raises UserError where the loss is not finite; after Ctrl-C or SIGTERM Interrupted, which says what is saved.
-    """
-    trainer = Trainer(run, model, optimizers, loader, data, step, **more)
-    try:
-        trainer.train()
-        trainer.finish()
-    except Interrupted as stop:
-        stop.message = trainer.interrupt_message() if distributed.is_writer() else ""
-        raise

@@ -25,7 +25,7 @@ from engine.files import FolderLock, archive, remove_leftovers
 from engine.training import distributed
 from engine.training.curves import CURVES
 from engine.training.tracking import METRICS
-from models import ARCHITECTURES, weight_layers
+from models import ARCHITECTURES
 
 RUN_FILES = (BEST, FINAL, LAST, METRICS, CURVES)
 # What may differ between the two parts of a resumed run; every other option must be what it was.
@@ -150,22 +150,6 @@ class Run:
         if distributed.is_writer():
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
-
-    def describe(self, model: nn.Module, train_images: int, scored_on: str) -> None:
-        """Print the head of the run: the network, the data, the machine."""
-        args, processes = self.args, distributed.world_size()
-        total = sum(p.numel() for p in model.parameters())
-        weights = sum(layer.weight.numel() for _, layer in weight_layers(model))
-        binary = f", {weights:,} of them binary" if self.kind == "latent" else ""
-        several = f", {processes} processes" if processes > 1 else ""
-        schedule = f"{args.epochs} epochs of batches of {args.batch_size}, seed {args.seed}"
-        mode = "compiled" if args.compile else "eager"
-        self.print_once(f"{args.arch}: {total:,} parameters{binary}")
-        self.print_once(f"data: {train_images:,} training images, scored on {scored_on}")
-        self.print_once(f"run: {schedule}, into {self.folder}/")
-        self.print_once(f"machine: {runtime.describe(self.device)}{several}, {args.precision}, {mode}")
-        if runtime.may_be_emulated(args.precision, self.device):
-            self.print_once("Note: neither AMX nor AVX-512 BF16 found: bfloat16 may be emulated, many times slower.")
 
     def autocast(self) -> AbstractContextManager[None]:
         return runtime.autocast(self.args.precision, self.device)
