@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 import cifar10
 from engine import checkpoints, cli, normalization, onnx_export, report, runtime
 from engine.checkpoints import BEST
 from engine.cli import UserError
-from engine.evaluate import Scores, evaluate
+from engine.evaluate import Scores
 from engine.files import atomic_write, keep_source
 from models.quantizers import SIGN_QUANTIZERS
 
@@ -28,8 +27,6 @@ LATENT_NOTE = """\
 ⚠ These are latent weights. The BatchNorm statistics beside them come from
   forward passes with quantized weights, so the figure below means little."""
 BINARIZED_NOTE = "  The one that counts is that of the binarized network: see eval_binarized.py."
-
-SAMPLES = 24  # number of right and of wrong predictions drawn
 
 
 # -- the report ----------------------------------------------------------------------------------------------
@@ -43,17 +40,13 @@ def print_scores(scores: Scores, data: cifar10.Data, logit_scale: float) -> None
     print(f"Speed: {scores.images / max(scores.seconds, 1e-9):,.0f} images/s")
     print(f"\n{'class':<12}{'images':>8}{'correct':>9}{'accuracy':>10}   most often taken for")
     for label, name in enumerate(cifar10.CLASSES):
-        row = scores.confusion[label]
+        row = scores.confusion[label].clone()
         images, correct = int(row.sum()), int(row[label])
         accuracy = f"{100 * correct / images:.2f}%" if images else "-"
-        print(f"{name:<12}{images:>8,}{correct:>9,}{accuracy:>10}   {_mistaken_for(row, label)}".rstrip())
-
-
-def _mistaken_for(row: Tensor, label: int) -> str:
-    wrong = row.clone()
-    wrong[label] = 0
-    count, other = (int(value) for value in wrong.max(0))
-    return f"{cifar10.CLASSES[other]} ({count:,})" if count else ""
+        row[label] = 0  # in this copy the mistakes are left
+        count, other = (int(value) for value in row.max(0))
+        mistaken = f"{cifar10.CLASSES[other]} ({count:,})" if count else ""
+        print(f"{name:<12}{images:>8,}{correct:>9,}{accuracy:>10}   {mistaken}".rstrip())
 
 
 # -- the picture ---------------------------------------------------------------------------------------------
@@ -67,7 +60,7 @@ def draw(path: Path, title: str, scores: Scores, split: cifar10.Split) -> None:
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1))
     report.draw_title(figure, title)
     _draw_confusion(left.subplots(), scores)
-    top, bottom = right.subplots(2, 1)
+    top, bottom = right.subfigures(2, 1)
     hits = scores.logits.argmax(1) == split.labels
     _draw_samples(top, "Right: the first ones in the test set", hits, scores, split)
     _draw_samples(bottom, "Wrong: the first ones, predicted (true)", ~hits, scores, split)
@@ -89,23 +82,20 @@ def _draw_confusion(axes: object, scores: Scores) -> None:
     )
 
 
-def _draw_samples(axes: object, title: str, chosen: Tensor, scores: Scores, split: cifar10.Split) -> None:
-    """The first SAMPLES of the images where `chosen`, bool (images,), is true, with their predictions."""
-    columns, cell_height, cell_width = 8, cifar10.SIDE + 16, cifar10.SIDE + 12
-    sheet = torch.full((SAMPLES // columns * cell_height, columns * cell_width, 3), 255, dtype=torch.uint8)
-    indices = chosen.nonzero()[:SAMPLES, 0].tolist()
-    for place, index in enumerate(indices):
-        top, left = place // columns * cell_height, place % columns * cell_width + 6
-        sheet[top : top + cifar10.SIDE, left : left + cifar10.SIDE] = split.images[index]
+def _draw_samples(figure: object, title: str, chosen: Tensor, scores: Scores, split: cifar10.Split) -> None:
+    """The first images where `chosen`, bool (images,), is true, in three rows of eight with their predictions."""
+    grid = figure.subplots(3, 8).flatten()
+    indices = chosen.nonzero()[: len(grid), 0].tolist()
+    figure.suptitle(title if indices else f"{title}: none")
+    for axes in grid:
+        axes.axis("off")
+    for axes, index in zip(grid, indices, strict=False):
         predicted, label = int(scores.logits[index].argmax()), int(split.labels[index])
         name, color = cifar10.CLASSES[predicted], "tab:green"
         if predicted != label:
             name, color = f"{name}\n({cifar10.CLASSES[label]})", "tab:red"
-        middle, below = left + cifar10.SIDE / 2, top + cifar10.SIDE + 0.5
-        axes.text(middle, below, name, ha="center", va="top", fontsize=9, color=color, linespacing=1.05)
-    axes.imshow(sheet.numpy(), interpolation="nearest")
-    axes.set_title(title if indices else f"{title}: none", loc="left")
-    axes.axis("off")
+        axes.imshow(split.images[index].numpy(), interpolation="nearest")
+        axes.set_title(name, fontsize=9, color=color)
 
 
 # -- the script ----------------------------------------------------------------------------------------------
@@ -132,27 +122,23 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     path = args.checkpoint
-    device = cli.select_device(args.device, args.threads)
+    args.device = cli.select_device(args.device, args.threads)
     runtime.keep_freed_memory()
     if path.suffix == ".onnx":
-        model, what, scale = onnx_export.open_network(args), "ONNX network", 1.0
+        model, what, scale, used = onnx_export.open_network(args), "ONNX network", 1.0, {}
         print(f"{path}\n  {what}")
-        data = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
-        batches = model.batches(data.test, args.batch_size)
     else:
         loaded = checkpoints.load(path, weights_key=args.weights_key)
         model, what, scale = loaded.model(), report.what_it_is(loaded), loaded.logit_scale
-        model.to(device, memory_format=torch.channels_last)
         print(*report.headline(loaded), sep="\n")
         if loaded.kind == "latent":
             print(LATENT_NOTE)
             if loaded.quantizer in SIGN_QUANTIZERS:
                 print(BINARIZED_NOTE)
         used = normalization.choose(loaded, args, cifar10.MEAN, cifar10.STD)
-        data = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
-        batches = cifar10.eval_batches(data.test, args.batch_size, device, **used)
 
-    scores = evaluate(model, batches, len(data.test), logit_scale=scale, progress="test", path=path)
+    data = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
+    scores = normalization.score(model, data.test, args, cifar10.eval_batches, used, scale)
     print_scores(scores, data, scale)
     if args.plot:
         # With the kind of the weights: a picture travels without the warning printed above.

@@ -9,20 +9,19 @@ biases and BatchNorm are as they were trained. save_binary_model.py stores the s
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 import cifar10
 from engine import binarized, checkpoints, cli, normalization, report
 from engine.checkpoints import BEST, BINARIZED, Checkpoint
 from engine.cli import UserError
-from engine.evaluate import Scores, evaluate
+from engine.evaluate import Scores
 from engine.files import keep_source
 from models.binaryconnect import count_binary_weights
 
 
-def binarized_checkpoint(loaded: Checkpoint, model: nn.Module, scores: Scores, **more: object) -> dict[str, object]:
-    """The dictionary to save: what the source said of itself, the accuracy measured here, and `more`.
+def binarized_checkpoint(loaded: Checkpoint, model: nn.Module, scores: Scores) -> dict[str, object]:
+    """The dictionary to save: what the source said of itself, and the accuracy measured here.
 
     What the source recorded of weights that were not binarized is left out.
     """
@@ -38,7 +37,6 @@ def binarized_checkpoint(loaded: Checkpoint, model: nn.Module, scores: Scores, *
         versions=checkpoints.library_versions(),
         logit_scale=loaded.logit_scale,
         source_sha256=loaded.sha256,
-        **more,
     )
 
 
@@ -49,7 +47,7 @@ def main() -> None:
     cli.add_data_options(parser, batch_size=500)
     cli.add_output_option(parser)
     args = parser.parse_args()
-    device = cli.select_device(args.device, args.threads)
+    args.device = cli.select_device(args.device, args.threads)
     made = cli.prepare_output_dir(args.output_dir) / BINARIZED
     loaded = checkpoints.load(args.checkpoint, weights_key=args.weights_key)
     if loaded.kind in ("binary", checkpoints.BINARY_1BIT):
@@ -64,16 +62,12 @@ def main() -> None:
     count_binary_weights(model)  # raises where one is not
     print("✓ All convolution/linear weights are binary {-1, +1}")
     data = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
-    model.to(device, memory_format=torch.channels_last)
-    batches = cifar10.eval_batches(data.test, args.batch_size, device, **used)
-    scores = evaluate(
-        model, batches, len(data.test), logit_scale=loaded.logit_scale, progress="test", path=loaded.path
-    )
+    scores = normalization.score(model, data.test, args, cifar10.eval_batches, used, loaded.logit_scale)
     print(f"Scored on {data.scored_on}")
     print(scores.accuracy_line())
 
-    more = {"normalization": used} if used else {}
-    content = checkpoints.serialize(binarized_checkpoint(loaded, model, scores, **more))
+    recorded = {"normalization": used} if used else {}
+    content = checkpoints.serialize(binarized_checkpoint(loaded, model, scores) | recorded)
     binarized.write(made, content, loaded.sha256)
     print(f"✓ Saved binarized model: {len(content) / 1e6:.2f} MB\n  {made}")
 

@@ -10,14 +10,12 @@ class OnnxNetwork.
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 import cifar10
 from engine import checkpoints, cli, normalization, onnx_export, report
 from engine.checkpoints import BINARIZED, Checkpoint
 from engine.cli import UserError
-from engine.evaluate import evaluate
 from models.binaryconnect import count_binary_weights
 
 
@@ -39,25 +37,22 @@ def main() -> None:
     cli.add_normalization_options(parser)
     cli.add_data_options(parser, batch_size=500)
     args = parser.parse_args()
-    device = cli.select_device(args.device, args.threads)
+    args.device = cli.select_device(args.device, args.threads)
     if args.checkpoint.suffix == ".onnx":
-        model = onnx_export.open_network(args)  # its bits are unpacked and its scales folded by the runtime
-        test = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
-        batches = model.batches(test.test, args.batch_size)  # the pixels themselves
+        model, used = onnx_export.open_network(args), {}  # its graph unpacks the bits and normalizes
     else:
         loaded = checkpoints.load(args.checkpoint, weights_key=args.weights_key)
-        model = binary_network(loaded).to(device, memory_format=torch.channels_last)
+        model = binary_network(loaded)
         for note in report.notes(loaded):
             print(note)
         used = normalization.choose(loaded, args, cifar10.MEAN, cifar10.STD)
-        test = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
-        batches = cifar10.eval_batches(test.test, args.batch_size, device, **used)
 
-    scores = evaluate(model, batches, len(test.test), progress="test", path=args.checkpoint)
+    data = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
+    scores = normalization.score(model, data.test, args, cifar10.eval_batches, used)
     predicted = scores.logits.argmax(1)  # logits (images, 10) -> classes (images,)
-    for number, (label, guess) in enumerate(zip(test.test.labels[:5], predicted[:5], strict=True)):
+    for number, (label, guess) in enumerate(zip(data.test.labels[:5], predicted[:5], strict=True)):
         print(f"  test image {number}: {cifar10.CLASSES[label]:<10}  classified as {cifar10.CLASSES[guess]}")
-    print(f"Scored on {test.scored_on}")
+    print(f"Scored on {data.scored_on}")
     print(scores.accuracy_line())
 
 

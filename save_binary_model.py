@@ -21,10 +21,11 @@ import cifar10
 from engine import binarized, checkpoints, cli, normalization, onnx_export, report
 from engine.checkpoints import BEST, BINARIZED, BINARY_1BIT, PACKED, Checkpoint
 from engine.cli import UserError
-from engine.evaluate import Scores, evaluate
+from engine.evaluate import Scores
 from engine.files import atomic_write, keep_source
 from engine.normalization import Normalization
 from models import weight_layers
+from models.binaryconnect import count_binary_weights
 from models.bitpack import information_bytes, pack_model
 
 CALIBRATION_IMAGES = 1000
@@ -79,28 +80,18 @@ def load_source(args: argparse.Namespace) -> Checkpoint:
 
 
 def score(model: nn.Module, data: cifar10.Data, args: argparse.Namespace, used: Normalization) -> Scores:
-    """Scores on the test images; prints the accuracy. Moves `model` to args.device.
-
-    used: the normalization of the images; an ONNX network has its own.
-    """
-    if isinstance(model, onnx_export.OnnxNetwork):
-        batches = model.batches(data.test, args.batch_size)
-    else:
-        model.to(args.device, memory_format=torch.channels_last)
-        batches = cifar10.eval_batches(data.test, args.batch_size, args.device, **used)
-    scores = evaluate(model, batches, len(data.test), progress="test", path=args.checkpoint)
+    """Scores on the test images; prints the accuracy."""
+    scores = normalization.score(model, data.test, args, cifar10.eval_batches, used)
     print(scores.accuracy_line())
     return scores
 
 
 def prove_same_signs(model: nn.Module, unpacked: nn.Module) -> None:
     """Print that both have the same weights, all -1 or +1; raise RuntimeError naming a layer that differs."""
-    count = 0
     for (name, layer), (_, other) in zip(weight_layers(model), weight_layers(unpacked), strict=True):
         if not torch.equal(layer.weight.cpu(), other.weight):
             raise RuntimeError(f"{name}.weight: the unpacked signs differ; nothing was written")
-        count += layer.weight.numel()
-    print(f"✓ Loaded back: all {count:,} signs are identical")
+    print(f"✓ Loaded back: all {count_binary_weights(unpacked):,} signs are identical")
 
 
 def prove_same_logits(expected: Tensor, found: Tensor) -> None:
@@ -127,15 +118,16 @@ def print_sizes(loaded: Checkpoint, model: nn.Module, folder: Path) -> None:
     sources = {"binarized" if loaded.kind == "binary" else loaded.kind: loaded.path}
     if loaded.kind != "binary" and binarized.source_of(folder / BINARIZED) == loaded.sha256:
         sources["binarized"] = folder / BINARIZED  # the same network, of eval_binarized.py
-    files = [(f"{what}, float32 ({path.name})", path.stat().st_size) for what, path in sources.items()]
-    files.append((f"1 bit a weight ({PACKED})", (folder / PACKED).stat().st_size))
-    files.append(("information limit: signs, scales, shifts, bias", information_bytes(model)))
-    count = sum(layer.weight.numel() for _, layer in weight_layers(model))
-    weights = [("the weights alone in float32", 4 * count), ("the weights alone, one bit each", (count + 7) // 8)]
+    files = {f"{what}, float32 ({path.name})": path.stat().st_size for what, path in sources.items()}
+    files[f"1 bit a weight ({PACKED})"] = (folder / PACKED).stat().st_size
+    files["information limit: signs, scales, shifts, bias"] = information_bytes(model)
+    count = count_binary_weights(model)
+    weights = {"the weights alone in float32": 4 * count, "the weights alone, one bit each": (count + 7) // 8}
     print(f"\n{'size':<56}{'bytes':>12}{'ratio':>9}")
-    for rows in (files, weights):
-        for label, size in rows:
-            print(f"{label:<56.55}{size:>12,}{rows[0][1] / size:>8.1f}x")
+    for sizes in (files, weights):
+        first, *_ = sizes.values()
+        for label, size in sizes.items():
+            print(f"{label:<56.55}{size:>12,}{first / size:>8.1f}x")
 
 
 def save_onnx(
@@ -146,17 +138,17 @@ def save_onnx(
     Raises UserError where 8-bit activations cost more than INT8_LOSS and INT8_IMAGES, RuntimeError where the float
     form differs.
     """
-    images = data.train.images[:CALIBRATION_IMAGES].numpy() if args.int8 else None
-    mean, std = (used or {"mean": cifar10.MEAN, "std": cifar10.STD}).values()
-    content = onnx_export.export(packed.model(fold=False), mean, std, images)
+    images = data.train.images.numpy() if args.int8 else None
+    normalized = {"mean": cifar10.MEAN, "std": cifar10.STD} | used
+    content = onnx_export.export(packed.model(fold=False), **normalized, calibration=images)
     print(f"\nONNX, {'8-bit' if args.int8 else 'float32'} activations, run by onnxruntime:")
     found = score(onnx_export.OnnxNetwork(content), data, args, {})
     if args.int8:
         lost = expected.accuracy - found.accuracy
         if lost > INT8_LOSS and expected.correct - found.correct > INT8_IMAGES:
             raise UserError(f"--int8: costs {lost:.2f} points of accuracy: {args.onnx} not written; leave --int8 out")
-        allowed = f"at most {INT8_LOSS}, or {INT8_IMAGES} images"
-        print(f"✓ 8-bit activations cost {lost:.2f} points of accuracy (allowed are {allowed})")
+        allowed = f"allowed are at most {INT8_LOSS}, or {INT8_IMAGES} images"
+        print(f"✓ 8-bit activations cost {lost:.2f} points of accuracy ({allowed})")
     else:
         prove_same_logits(expected.logits, found.logits)
     atomic_write(args.onnx, content)
@@ -171,8 +163,7 @@ def main() -> None:
     print(*report.short_headline(loaded), sep="\n")
     used = normalization.choose(loaded, args, cifar10.MEAN, cifar10.STD)
     model = binarized.binarized_model(loaded)
-    calibration = CALIBRATION_IMAGES if args.int8 else None
-    data = cifar10.load(args.data_dir, train=args.int8, limit_train=calibration, limit_test=args.limit_test)
+    data = cifar10.load(args.data_dir, train=args.int8, limit_train=CALIBRATION_IMAGES, limit_test=args.limit_test)
 
     print(f"Binarized, scored on {data.scored_on}:")
     scores = score(model, data, args, used)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,15 +88,25 @@ class _Graph:
         return outputs[0]
 
 
-class _FloatForm(_Graph):
-    """Builds the graph of a network in float32. `places` then maps each activation's place to its tensor."""
+class _Network(_Graph):
+    """Builds the graph of a network: in float32, or with 8-bit activations where `ranges` are given.
 
-    weight_type = FLOAT
+    ranges: for each place of an activation the least and the greatest value to express.
+    After `build()`, `places` maps each activation's place to its tensor.
+    """
 
-    def __init__(self, model: ResNetS, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        model: ResNetS,
+        mean: Sequence[float],
+        std: Sequence[float],
+        ranges: dict[str, tuple[float, float]] | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.mean, self.std = model, np.array(mean, np.float32), np.array(std, np.float32)
+        self.ranges = ranges
         self.places: dict[str, str] = {}
+        self.steps: dict[str, tuple[np.float32, np.uint8]] = {}  # 8 bits: tensor -> quantization step, zero point
         self.scales: dict[str, np.ndarray] = {}  # float32 (channels,), at least 0
         self.shifts: dict[str, np.ndarray] = {}
         self.weights = self._unpacked(self._signs())
@@ -117,13 +127,13 @@ class _FloatForm(_Graph):
         return torch.cat(signs)
 
     def _unpacked(self, signs: Tensor) -> dict[str, str]:
-        """Nodes that unpack the bits: for each layer the tensor of its -1 and +1, in `weight_type` and its shape."""
+        """Nodes that unpack the bits: for each layer the tensor of its -1 and +1, float32 or int8, in its shape."""
         packed = pack_bits(signs).numpy()  # weight i is bit i % 8 of byte i // 8
         bits = self.constant(packed[:, None]), self.constant(range(8), np.uint8)
         bits = self.add("BitwiseAnd", self.add("BitShift", *bits, direction="RIGHT"), self.constant(1, np.uint8))
         x = self.add("Cast", bits, to=INT32)  # (bytes, 8) of 0 and 1; int32: not every runtime multiplies int8
         x = self.add("Sub", self.add("Mul", x, self.constant(2, np.int32)), self.constant(1, np.int32))
-        x = self.add("Reshape", self.add("Cast", x, to=self.weight_type), self.constant([-1], np.int64))
+        x = self.add("Reshape", self.add("Cast", x, to=INT8 if self.ranges else FLOAT), self.constant([-1], np.int64))
         layers = weight_layers(self.model)
         counts = [layer.weight.numel() for _, layer in layers]
         unused = [8 * packed.size - len(signs)] if len(signs) % 8 else []
@@ -135,25 +145,45 @@ class _FloatForm(_Graph):
             for (name, layer), part in zip(layers, parts, strict=False)
         }
 
-    # What the int8 form does otherwise:
+    # Activations and weights in one of the two forms:
 
     def store(self, x: str, place: str) -> str:
-        """An activation that is written to memory; `place` is its name for calibration."""
+        """An activation as it is written to memory; `place` is its name for calibration."""
         self.places[place] = x
-        return x
+        if not self.ranges:
+            return x
+        low, high = min(self.ranges[place][0], 0.0), max(self.ranges[place][1], 0.0)
+        step = np.float32(max(high - low, 1e-6) / 255)
+        zero = np.uint8(np.clip(round(-low / float(step)), 0, 255))
+        stored = self.add("QuantizeLinear", x, self.constant(step), self.constant(zero))
+        self.steps[stored] = step, zero
+        return stored
 
     def read(self, x: str) -> str:
         """A stored activation as an operator's input."""
-        return x
+        if not self.ranges:
+            return x
+        step, zero = self.steps[x]
+        return self.add("DequantizeLinear", x, self.constant(step), self.constant(zero))
 
     def weight_and_bias(self, name: str, x: str) -> tuple[str, str]:
         """Of a convolution whose input is the stored activation `x`."""
-        scale = self.constant(self.scales[name][:, None, None, None])
-        return self.add("Mul", self.weights[name], scale), self.constant(self.shifts[name])
-
-    def zero(self) -> str:
-        """The stored form of 0, as a constant."""
-        return self.constant(0, np.float32)
+        if not self.ranges:
+            scale = self.constant(self.scales[name][:, None, None, None])
+            return self.add("Mul", self.weights[name], scale), self.constant(self.shifts[name])
+        shift, step = self.shifts[name].astype(np.float64), float(self.steps[x][0])
+        # The bias is an int32 multiple of step * scale. Where the scale is 0, or too small for that, the least scale
+        # that can express the bias takes its place; what it lets through is below 2e-4 of the bias.
+        least = np.maximum(np.abs(shift) / (step * 2.0**30), 1e-12)
+        scale = np.maximum(self.scales[name], least).astype(np.float32)
+        steps = self.constant(scale)
+        bias_steps = self.add("Mul", steps, self.constant(step, np.float32))
+        zeros = self.constant(np.zeros(len(scale), np.int8))
+        bias = np.round(shift / (step * scale.astype(np.float64))).astype(np.int32)
+        return (
+            self.add("DequantizeLinear", self.weights[name], steps, zeros, axis=0),
+            self.add("DequantizeLinear", self.constant(bias), bias_steps, axis=0),
+        )
 
     # The network, as models/resnet_s.py has it:
 
@@ -199,64 +229,19 @@ class _FloatForm(_Graph):
             return x
         # The maximum over one pixel is that pixel: runtimes have a faster kernel for it than for slices with steps.
         strided = self.add("MaxPool", x, kernel_shape=[1, 1], strides=[block.stride] * 2)
-        pads = [0, block.added // 2, 0, 0, 0, block.added - block.added // 2, 0, 0]
-        return self.add("Pad", strided, self.constant(pads, np.int64), self.zero())
+        pads = self.constant([0, block.added // 2, 0, 0, 0, block.added - block.added // 2, 0, 0], np.int64)
+        zero = self.constant(0, np.uint8 if self.ranges else np.float32)  # after a ReLU the zero point is 0
+        shortcut = self.add("Pad", strided, pads, zero)
+        if self.ranges:
+            self.steps[shortcut] = self.steps[x]  # moved, not computed with
+        return shortcut
 
     def _classifier(self, features: str) -> None:
         """In float32 in both forms: 640 products need no speed."""
         weight = self.weights["linear"]
-        if self.weight_type != FLOAT:
+        if self.ranges:
             weight = self.add("Cast", weight, to=FLOAT)
         self.add("Gemm", features, weight, self.constant(self.shifts["linear"]), transB=1, outputs=["logits"])
-
-
-class _Int8Form(_FloatForm):
-    """The same graph with 8-bit activations.
-
-    ranges: for each place of a _FloatForm the least and the greatest value to express.
-    """
-
-    weight_type = INT8
-
-    def __init__(self, model: ResNetS, mean: Any, std: Any, ranges: dict[str, tuple[float, float]]) -> None:
-        super().__init__(model, mean, std)
-        self.ranges = ranges
-        self.steps: dict[str, tuple[np.float32, np.uint8]] = {}  # stored tensor -> quantization step and zero point
-
-    def store(self, x: str, place: str) -> str:
-        low, high = min(self.ranges[place][0], 0.0), max(self.ranges[place][1], 0.0)
-        step = np.float32(max(high - low, 1e-6) / 255)
-        zero = np.uint8(np.clip(round(-low / float(step)), 0, 255))
-        stored = self.add("QuantizeLinear", x, self.constant(step), self.constant(zero))
-        self.steps[stored] = step, zero
-        return stored
-
-    def read(self, x: str) -> str:
-        step, zero = self.steps[x]
-        return self.add("DequantizeLinear", x, self.constant(step), self.constant(zero))
-
-    def weight_and_bias(self, name: str, x: str) -> tuple[str, str]:
-        shift, step = self.shifts[name].astype(np.float64), float(self.steps[x][0])
-        # The bias is an int32 multiple of step * scale. Where the scale is 0, or too small for that, the least scale
-        # that can express the bias takes its place; what it lets through is below 2e-4 of the bias.
-        least = np.maximum(np.abs(shift) / (step * 2.0**30), 1e-12)
-        scale = np.maximum(self.scales[name], least).astype(np.float32)
-        steps = self.constant(scale)
-        bias_steps = self.add("Mul", steps, self.constant(step, np.float32))
-        zeros = self.constant(np.zeros(len(scale), np.int8))
-        bias = np.round(shift / (step * scale.astype(np.float64))).astype(np.int32)
-        return (
-            self.add("DequantizeLinear", self.weights[name], steps, zeros, axis=0),
-            self.add("DequantizeLinear", self.constant(bias), bias_steps, axis=0),
-        )
-
-    def zero(self) -> str:
-        return self.constant(0, np.uint8)  # after a ReLU the zero point is 0
-
-    def _shortcut(self, block: nn.Module, x: str) -> str:
-        shortcut = super()._shortcut(block, x)
-        self.steps[shortcut] = self.steps[x]  # moved, not computed with
-        return shortcut
 
 
 def export(
@@ -272,11 +257,11 @@ def export(
     check_exportable(model, type(model).__name__)
     import onnx
 
-    form = _FloatForm(model, mean, std)
-    made = form.build()
+    network = _Network(model, mean, std)
+    made = network.build()
     if calibration is not None:
-        ranges = _activation_ranges(made, form.places, calibration)
-        made = _Int8Form(model, mean, std, ranges).build()
+        ranges = _activation_ranges(made, network.places, calibration)
+        made = _Network(model, mean, std, ranges).build()
     onnx.checker.check_model(made, full_check=True)
     return made.SerializeToString()
 
@@ -340,10 +325,6 @@ class OnnxNetwork(nn.Module):
         except Exception as error:  # onnxruntime has many of its own
             name = "the exported network" if isinstance(file, bytes) else file
             raise UserError(f"{name}: not an ONNX file of save_binary_model.py: {reason(error)}") from error
-
-    def batches(self, split: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image of a split once, in order: uint8 (B, 32, 32, 3) pixels as `forward` takes them, labels (B,)."""
-        return zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.from_numpy(self.session.run(["logits"], {"images": images.numpy()})[0])

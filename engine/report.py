@@ -6,8 +6,9 @@ import warnings
 from typing import Any
 
 from engine.checkpoints import BINARY_1BIT, Checkpoint
+from models.quantizers import SIGN_QUANTIZERS
 
-KIND_WORDS = {
+_KIND_WORDS = {
     "float": "full-precision weights",
     "latent": "latent weights of BinaryConnect, real-valued",
     "binary": "binary weights, -1 and +1, each a float32",
@@ -17,8 +18,10 @@ KIND_WORDS = {
 
 
 def what_it_is(loaded: Checkpoint) -> str:
-    """Architecture and kind of the weights."""
-    return f"{loaded.arch}, {KIND_WORDS[loaded.kind]}"
+    """Architecture and kind of the weights, with the quantizer of latent weights where it is not a sign."""
+    if loaded.kind == "latent" and loaded.quantizer not in SIGN_QUANTIZERS:
+        return f"{loaded.arch}, latent weights of the quantizer {loaded.quantizer!r:.60}, real-valued"
+    return f"{loaded.arch}, {_KIND_WORDS[loaded.kind]}"
 
 
 def headline(loaded: Checkpoint) -> list[str]:
@@ -33,9 +36,9 @@ def headline(loaded: Checkpoint) -> list[str]:
         accuracy, count = metrics.get(f"{split}_accuracy"), metrics.get(f"{split}_images")
         if _is_number(accuracy, 100):
             scored = f"{count:,} {images}" if _is_number(count, 10**9) else images
-            lines.append(
-                f"  recorded accuracy {accuracy:.2f}% on {scored}" + ", binarized" * (loaded.kind == "latent")
-            )
+            quantized = "binarized" if loaded.quantizer in SIGN_QUANTIZERS else "quantized"
+            how = f", {quantized}" if loaded.kind == "latent" else ""
+            lines.append(f"  recorded accuracy {accuracy:.2f}% on {scored}{how}")
     return lines + notes(loaded)
 
 

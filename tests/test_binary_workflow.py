@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import re
 import shutil
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from calling import caller
 from networks import NEW_NETWORKS, binary_network, random_network, register_new_networks, save_checkpoint, sha256
 from script_server import ScriptServer
 
@@ -47,15 +47,7 @@ def workflow(tmp_path_factory: pytest.TempPathFactory, small_data: Path, run_scr
 
 @pytest.fixture
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """call("eval", "x.pth"): a script's main() in this process, in tmp_path; what it printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(script: str, *arguments: object) -> str:
-        monkeypatch.setattr("sys.argv", [script, *map(str, arguments)])
-        importlib.import_module(script).main()
-        return capsys.readouterr().out
-
-    return run
+    return caller(tmp_path, monkeypatch, capsys)
 
 
 def test_the_binarized_file_holds_the_signs_and_what_the_source_said(workflow: dict) -> None:
@@ -99,6 +91,13 @@ def test_all_scripts_report_the_same_accuracy(workflow: dict) -> None:
     assert len(set(found)) == 1
 
 
+def test_a_terminal_that_knows_ascii_only_gets_words_for_check_marks(workflow: dict) -> None:
+    for example, expected in ((SCRIPTS[2], f"✓ {BINARIZED}"), ("packed example", f"[ok] {PACKED}")):
+        assert f"{expected}: all 268,336 weights are -1 or +1" in workflow[example]
+        assert workflow[example].count("classified as") == 5
+    assert workflow["packed example"].isascii()
+
+
 @pytest.mark.parametrize(
     ("script", "name", "option"),
     [
@@ -139,13 +138,6 @@ def test_names_that_are_hard_to_draw(
     assert list(tmp_path.glob("*.png"))
 
 
-def test_a_terminal_that_knows_ascii_only_gets_words_for_check_marks(workflow: dict) -> None:
-    for example, expected in ((SCRIPTS[2], f"✓ {BINARIZED}"), ("packed example", f"[ok] {PACKED}")):
-        assert f"{expected}: all 268,336 weights are -1 or +1" in workflow[example]
-        assert workflow[example].count("classified as") == 5
-    assert workflow["packed example"].isascii()
-
-
 def test_a_file_of_another_source_is_moved_aside(
     workflow: dict, tmp_path: Path, small_data: Path, run_script: Callable
 ) -> None:
@@ -177,32 +169,24 @@ def test_packing_the_binarized_file_gives_the_same_bits(
     assert any(isinstance(module, torch.nn.BatchNorm2d) for module in kept.model(fold=False).modules())
 
 
-def test_float_weights_are_binarized_with_a_warning(tmp_path: Path, small_data: Path, call: Callable) -> None:
-    path = save_checkpoint(tmp_path / BEST, "float", arch="resnet32")
-    printed = call("save_binary_model", path, "--data-dir", small_data, "--limit-test", 10)
-    assert printed.count("⚠") == 1
-    assert checkpoints.load(tmp_path / PACKED).arch == "resnet32"
-
-
 @pytest.mark.parametrize("script", ["eval_binarized", "save_binary_model"])
-@pytest.mark.parametrize(
-    ("words", "scale"),
-    [
-        ("ternary: zeros become +1 and the scale is lost", torch.tensor([0.5, 0.0, 0.5]).view(3, 1, 1)),
-        ("binary up to a scale: the scale is lost", torch.full((3, 1, 1), 0.5)),
-    ],
-)
-def test_the_warning_says_that_a_scale_is_lost(
-    script: str, words: str, scale: torch.Tensor, tmp_path: Path, small_data: Path, call: Callable
-) -> None:
-    model = binary_network()
-    model.conv1.weight.data.mul_(scale)
-    torch.save(model.state_dict(), tmp_path / "x.pth")
-    printed = call(script, "x.pth", "--data-dir", small_data, "--limit-test", 10)
-    (line,) = (line for line in printed.splitlines() if line.startswith("⚠"))
-    assert f"in 1 of 20 layers are {words}; the signs alone are another network" in line
-    made = checkpoints.load(tmp_path / (BINARIZED if script == "eval_binarized" else PACKED)).model(fold=False)
-    assert torch.equal(made.conv1.weight, deterministic_sign(model.conv1.weight))
+def test_the_warning_says_what_is_lost(script: str, tmp_path: Path, small_data: Path, call: Callable) -> None:
+    name = BINARIZED if script == "eval_binarized" else PACKED
+    options = ("--data-dir", small_data, "--limit-test", 10)
+    printed = call(script, save_checkpoint(tmp_path / BEST, "float", arch="resnet32"), *options)
+    assert printed.count("⚠") == 1
+    assert checkpoints.load(tmp_path / name).arch == "resnet32"
+    for scale, words in (
+        (torch.tensor([0.5, 0.0, 0.5]).view(3, 1, 1), "ternary: zeros become +1 and the scale is lost"),
+        (torch.full((3, 1, 1), 0.5), "binary up to a scale: the scale is lost"),
+    ):
+        model = binary_network()
+        model.conv1.weight.data.mul_(scale)
+        torch.save(model.state_dict(), tmp_path / "x.pth")
+        (line,) = (line for line in call(script, "x.pth", *options).splitlines() if line.startswith("⚠"))
+        assert f"in 1 of 20 layers are {words}; the signs alone are another network" in line
+        made = checkpoints.load(tmp_path / name).model(fold=False)
+        assert torch.equal(made.conv1.weight, deterministic_sign(model.conv1.weight))
 
 
 @pytest.mark.parametrize("script", ["eval_binarized", "save_binary_model"])
@@ -211,12 +195,11 @@ def test_latent_weights_of_another_quantizer_are_refused(
 ) -> None:
     for quantizer in ("ternary", "stochastic_sign"):
         made = checkpoints.make("resnet20", "latent", random_network().state_dict(), quantizer=quantizer)
-        checkpoints.save(tmp_path / "x.pth", made)
-        if quantizer == "ternary":
-            with pytest.raises(UserError, match=r"x\.pth: .*'ternary'"):
-                call(script, "x.pth", "--data-dir", "no-data")
-            assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
-    call(script, "x.pth", "--data-dir", small_data, "--limit-test", 10)
+        checkpoints.save(tmp_path / f"{quantizer}.pth", made)
+    with pytest.raises(UserError, match=r"ternary\.pth: .*'ternary'"):
+        call(script, "ternary.pth", "--data-dir", "no-data")
+    assert len(list(tmp_path.iterdir())) == 2
+    call(script, "stochastic_sign.pth", "--data-dir", small_data, "--limit-test", 10)
 
 
 @pytest.mark.parametrize(

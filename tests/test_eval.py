@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import re
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from calling import caller
 from networks import binary_network, random_network, save_checkpoint
 
 import cifar10
@@ -28,15 +30,9 @@ ACCURACY = re.compile(r"^Test Accuracy: (\d+\.\d\d)%$", re.MULTILINE)
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
     """call("x.pth", "--limit-test", 5): main() in this process; what it printed."""
-
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
-        evaluating.main()
-        return capsys.readouterr().out
-
-    return run
+    return functools.partial(caller(tmp_path, monkeypatch, capsys), "eval")
 
 
 @pytest.fixture
@@ -178,26 +174,6 @@ def test_an_onnx_file_is_scored_as_the_network_it_is_of(tmp_path: Path, small_da
     assert len(tables) == 1
 
 
-@pytest.mark.usefixtures("no_data")
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["missing.onnx"], "missing.onnx"),
-        (["other.onnx"], "other.onnx"),
-        (["other.onnx", "--mean", 0, 0, 0], "--mean"),
-        (["other.onnx", "--weights-key", "x"], "--weights-key"),
-    ],
-)
-def test_other_onnx_files_and_options_that_are_not_for_them(
-    arguments: list[object], named: str, tmp_path: Path, call: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("other.onnx").write_bytes(b"\x08\x08 something else")
-    with pytest.raises(UserError, match=named) as error:
-        call(*arguments)
-    assert "\n" not in str(error.value)
-
-
 def test_the_picture_shows_the_first_right_and_wrong_predictions_and_says_what_the_weights_are(
     tmp_path: Path, small_data: Path, call: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +192,18 @@ def test_the_picture_shows_the_first_right_and_wrong_predictions_and_says_what_t
     assert torch.equal(drawn[1], ~hits)
 
 
+def test_the_quantizer_of_latent_weights_is_named(tmp_path: Path, small_data: Path, call: Callable) -> None:
+    for quantizer, named in (("ternary", True), ("stochastic_sign", False)):
+        more = {"quantizer": quantizer, "metrics": {"test_accuracy": 12.5}}
+        checkpoints.save(
+            tmp_path / "x.pth", checkpoints.make("resnet20", "latent", random_network().state_dict(), **more)
+        )
+        printed = call("x.pth", "--data-dir", small_data, "--limit-test", 5)
+        assert ("latent weights of the quantizer 'ternary'" in printed) == named
+        assert ("binar" in printed or "Binar" in printed) != named
+        assert "⚠ These are latent weights." in printed
+
+
 def test_outputs_that_are_nan_are_an_error(tmp_path: Path, small_data: Path, call: Callable) -> None:
     model = random_network()
     for parameter in model.parameters():
@@ -228,15 +216,22 @@ def test_outputs_that_are_nan_are_an_error(tmp_path: Path, small_data: Path, cal
 @pytest.mark.usefixtures("no_data")
 def test_bad_input_is_refused_before_the_data_is_asked_for(tmp_path: Path, call: Callable) -> None:
     good = save_checkpoint(tmp_path / "good.pth", "float")
-    (tmp_path / "text.pth").write_text("hello")
-    (tmp_path / "truncated.pth").write_bytes(good.read_bytes()[:-5000])
-    for name in ("missing.pth", "text.pth", "truncated.pth"):
-        with pytest.raises(UserError, match=name):
-            call(tmp_path / name)
-    for plot in (good, tmp_path / "page.pdf", tmp_path, tmp_path / "text.pth" / "page.png"):
-        with pytest.raises(UserError, match="--plot"):
-            call(good, "--plot", plot)
-    bad_normalization = (("--mean", 123, 116, 103), ("--std", 0, 1, 1))
-    for option in (*bad_normalization, ("--batch-size", -1), ("--limit-test", 0), ("--device", "x"), ("--color",)):
-        with pytest.raises(UserError, match=option[0]):
-            call(good, *option)
+    Path("text.pth").write_text("hello")
+    Path("truncated.pth").write_bytes(good.read_bytes()[:-5000])
+    Path("other.onnx").write_bytes(b"\x08\x08 something else")
+    files = ("missing.pth", "text.pth", "truncated.pth", "missing.onnx", "other.onnx")
+    plots = ("good.pth", "page.pdf", ".", "text.pth/page.png")
+    options = (
+        *(("--mean", 123, 116, 103), ("--std", 0, 1, 1), ("--batch-size", -1)),
+        *(("--limit-test", 0), ("--device", "x"), ("--color",)),
+    )
+    for named, *arguments in (
+        *((name, name) for name in files),
+        *(("--plot", "good.pth", "--plot", plot) for plot in plots),
+        *((option[0], "good.pth", *option) for option in options),
+        ("--mean", "other.onnx", "--mean", 0, 0, 0),
+        ("--weights-key", "other.onnx", "--weights-key", "x"),
+    ):
+        with pytest.raises(UserError, match=named) as error:
+            call(*arguments)
+        assert "\n" not in str(error.value), arguments

@@ -63,23 +63,20 @@ def test_exports_compute_what_torch_computes(exports: dict[str, bytes], pixels: 
 
 
 @pytest.mark.parametrize("form", ["float", "int8"])
-def test_one_bit_a_weight_in_the_file(exports: dict[str, bytes], form: str) -> None:
+def test_one_bit_a_weight_in_the_file(exports: dict[str, bytes], form: str, tmp_path: Path) -> None:
+    """The runtime unpacks and folds at load, and runs the int8 form with integer kernels."""
     assert len(exports[form]) < 50_000
     tensors = {x.name: onnx.numpy_helper.to_array(x) for x in onnx.load_from_string(exports[form]).graph.initializer}
     largest = sorted(tensors.values(), key=lambda x: -x.nbytes)
     assert (largest[0].dtype, largest[0].nbytes) == (np.uint8, 33_542)
     assert largest[1].nbytes <= 2560  # the classifier's input has 64 channels: no other tensor holds weights
 
-
-def test_the_runtime_unpacks_at_load_and_runs_integer_convolutions(exports: dict[str, bytes], tmp_path: Path) -> None:
-    run = operators_after_loading(exports["int8"], tmp_path)
-    assert (run["QLinearConv"], run["QLinearAdd"], run["Conv"]) == (19, 9, 0)
-
-
-def test_float_form_is_folded_at_load(exports: dict[str, bytes], tmp_path: Path) -> None:
-    run = operators_after_loading(exports["float"], tmp_path)
-    assert run["Conv"] + run["FusedConv"] == 19
-    assert run["Mul"] <= 1  # that of the normalization; none is left on weights
+    run = operators_after_loading(exports[form], tmp_path)
+    if form == "int8":
+        assert (run["QLinearConv"], run["QLinearAdd"], run["Conv"]) == (19, 9, 0)
+    else:
+        assert run["Conv"] + run["FusedConv"] == 19
+        assert run["Mul"] <= 1  # that of the normalization; none is left on weights
 
 
 def test_other_depths_and_batch_sizes(pixels: torch.Tensor) -> None:
@@ -132,7 +129,7 @@ def test_int8_that_costs_too_much_is_not_written(
         confusion[0, 0], confusion[0, 1] = correct, 10_000 - correct
         return Scores(0.0, confusion, torch.zeros(1, 10), 1.0)
 
-    monkeypatch.setattr(onnx_export, "export", lambda *_: b"content")
+    monkeypatch.setattr(onnx_export, "export", lambda *_, **__: b"content")
     monkeypatch.setattr(onnx_export, "OnnxNetwork", lambda _: None)
     monkeypatch.setattr(save_binary_model, "score", lambda *_: scores(correct))
     args = SimpleNamespace(onnx=tmp_path / "a.onnx", int8=True)
