@@ -42,17 +42,17 @@ Triple = tuple[float, float, float]  # one value per channel
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images uint8 (N, 32, 32, 3), contiguous; labels int64 (N,) in 0..9; name 'train', 'val' or 'test'."""
+    """Images uint8 (N, 32, 32, 3), contiguous; labels int64 (N,) in 0..9."""
 
     images: torch.Tensor
     labels: torch.Tensor
-    name: str
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, indices: torch.Tensor, name: str | None = None) -> Split:
-        return Split(self.images[indices], self.labels[indices], name or self.name)
+    def take(self, chosen: torch.Tensor) -> Split:
+        """The images of these indices, or where this mask is true."""
+        return Split(self.images[chosen], self.labels[chosen])
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,26 +114,26 @@ def load(
         print(f"Note: {files.folder} carries its own {SUMS}: this is not CIFAR-10.", flush=True)
     training, val = None, None
     if train:
-        training, val = _hold_out(_split(files.train, "train", files.folder), val_size)
+        training, val = _hold_out(_split(files.train, f"{files.folder}: its train files"), val_size)
         if limit_train is not None:
             training = training.take(_balanced(training.labels, limit_train))
-    test = _split(files.test, "test", files.folder)
+    test = _split(files.test, f"{files.folder}: its test files")
     limited = limit_test is not None and limit_test < len(test)
     if limited:
         test = test.take(torch.arange(limit_test))
     return Data(training, val, test, files.official, files.folder, limited)
 
 
-def _split(records: list[np.ndarray], name: str, folder: Path) -> Split:
-    """Records uint8 (n, 3073) of each file -> one Split."""
+def _split(records: list[np.ndarray], title: str) -> Split:
+    """Records uint8 (n, 3073) of each file -> one Split. title: the files, for an error."""
     count = sum(map(len, records))
     if count == 0:
-        raise UserError(f"{folder}: its {name} files hold no images")
+        raise UserError(f"{title} hold no images")
     images = np.empty((count, SIDE, SIDE, 3), np.uint8)
     planes = [part[:, 1:].reshape(-1, 3, SIDE, SIDE) for part in records]
     np.concatenate([part.transpose(0, 2, 3, 1) for part in planes], out=images)  # without a second copy
     labels = np.concatenate([part[:, 0] for part in records]).astype(np.int64)
-    return Split(torch.from_numpy(images), torch.from_numpy(labels), name)
+    return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
 
 def _hold_out(train: Split, val_size: int) -> tuple[Split, Split | None]:
@@ -141,13 +141,10 @@ def _hold_out(train: Split, val_size: int) -> tuple[Split, Split | None]:
         return train, None
     if not 0 < val_size < len(train):
         raise UserError(f"--val-size {val_size}: must be at least 0 and below the {len(train)} training images")
-    from_the_end = len(train) - 1 - _balanced(train.labels.flip(0), val_size)
     held = torch.zeros(len(train), dtype=torch.bool)
-    held[from_the_end] = True
-    rest = train.take(~held)
-    if len(rest.labels.unique()) < len(train.labels.unique()):
-        raise UserError(f"--val-size {val_size}: leaves a class without training images; hold out fewer")
-    return rest, train.take(held, "val")
+    held[_balanced(train.labels.flip(0), val_size)] = True  # the first ones from the end
+    held = held.flip(0)
+    return train.take(~held), train.take(held)
 
 
 def _balanced(labels: torch.Tensor, count: int) -> torch.Tensor:
@@ -220,7 +217,6 @@ class TrainLoader:
         device: torch.device | str = "cpu",
         rank: int = 0,
         world_size: int = 1,
-        augment: bool = True,
     ) -> None:
         if not 0 <= rank < world_size or batch_size % world_size:
             raise ValueError(f"batches of {batch_size} for {world_size} processes, rank {rank}")
@@ -229,7 +225,6 @@ class TrainLoader:
         self.images = split.images.to(device)
         self.labels = split.labels.to(device)
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self.augment = augment
         self.images_per_epoch = len(split) - len(split) % world_size  # of all processes
         self.steps_per_epoch = -(-self.images_per_epoch // batch_size)
 
@@ -250,9 +245,7 @@ class TrainLoader:
         for first in range(0, self.images_per_epoch, self.batch_size):
             size = min(self.batch_size, self.images_per_epoch - first) // self.world_size
             shard = slice(first + size * self.rank, first + size * (self.rank + 1))
-            images = self.images[order[shard]]
-            if self.augment:
-                images = augment(images, offsets[shard], flips[shard])
+            images = augment(self.images[order[shard]], offsets[shard], flips[shard])
             yield normalize(images), self.labels[order[shard]]
 
 
@@ -272,17 +265,16 @@ def eval_batches(
     *,
     rank: int = 0,
     world_size: int = 1,
-    mean: Triple = MEAN,
-    std: Triple = STD,
+    **scale: Triple,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Every image of `split` once, in order: normalized float32 (B, 3, 32, 32), labels int64 (B,).
 
-    With several processes, process `rank` gets images rank, rank + world_size, and so on. mean, std: see
-    `normalize`.
+    With several processes, process `rank` gets images rank, rank + world_size, and so on. scale: the mean and std
+    of `normalize`.
     """
     images, labels = split.images[rank::world_size], split.labels[rank::world_size]
     for batch, its_labels in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        yield normalize(batch.to(device), mean=mean, std=std), its_labels.to(device)
+        yield normalize(batch.to(device), **scale), its_labels.to(device)
 
 
 # --- python3 cifar10.py
@@ -319,8 +311,9 @@ def _print_report(data: Data) -> None:
     print("Checksums: all right, " + ("CIFAR-10" if data.official else f"by its own {SUMS}"))
     print(f"\n{'class':<12}{'train':>8}{'test':>8}")
     counts = [split.labels.bincount(minlength=len(CLASSES)).tolist() for split in (data.train, data.test)]
-    for name, *row in zip((*CLASSES, "all"), *([*count, sum(count)] for count in counts), strict=True):
-        print(f"{name:<12}{row[0]:>8,}{row[1]:>8,}")
+    for name, train, test in zip(CLASSES, *counts, strict=True):
+        print(f"{name:<12}{train:>8,}{test:>8,}")
+    print(f"{'all':<12}{len(data.train):>8,}{len(data.test):>8,}")
     print(f"\n{'channel':<10}{'mean':>8}{'used':>9}{'std':>10}{'used':>9}")
     means, stds = channel_statistics(data.train.images)
     for name, mean, used_mean, std, used_std in zip(("red", "green", "blue"), means, MEAN, stds, STD, strict=True):

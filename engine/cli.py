@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import errno
 import math
 import os
 import re
 import signal
 import sys
 import tempfile
-import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +21,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-EXIT_MISTAKE = 2
-EXIT_UNREAD = 141  # what a shell shows of a program that SIGPIPE has ended
 _LONGEST_MESSAGE = 2000
 
 
@@ -35,19 +31,18 @@ class UserError(Exception):
 class Interrupted(BaseException):
     """A signal asked the process to end. Derives from BaseException so that no `except Exception` eats it."""
 
-    def __init__(self, signum: int, message: str = "") -> None:
-        super().__init__(message)
+    def __init__(self, signum: int) -> None:
+        super().__init__()
         self.exit_status = 128 + signum
-        self.message = message
+        self.message = "Terminated." if signum == signal.SIGTERM else "Interrupted."
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Each option with its default; None, booleans and flags carry theirs in their own words."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        unsaid = (None, False, True, argparse.SUPPRESS)
-        if any(action.default is value for value in unsaid) or "default" in (action.help or ""):  # 0 is said
-            return action.help or ""
+        if action.default is None or isinstance(action.default, bool) or "default" in action.help:
+            return action.help
         return super()._get_help_string(action)
 
 
@@ -55,11 +50,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line on stderr and that knows `--debug`."""
 
     def __init__(self, description: str) -> None:
-        super().__init__(
-            description=textwrap.dedent(description).strip(),
-            formatter_class=_HelpFormatter,
-            allow_abbrev=False,
-        )
+        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str) -> None:
@@ -218,16 +209,16 @@ def fail(message: str) -> int:
 
     It may quote what a file says of itself: control characters become `?`, and what is too long loses its middle.
     """
-    line = " ".join(part.strip() for part in message.strip().splitlines())
+    line = " ".join(part.strip() for part in message.splitlines())
     line = "".join(char if char.isprintable() else "?" for char in line)
     if len(line) > _LONGEST_MESSAGE:
         line = f"{line[: _LONGEST_MESSAGE // 2]} ... {line[-_LONGEST_MESSAGE // 4 :]}"
     print(f"Error: {line}", file=sys.stderr, flush=True)
-    return EXIT_MISTAKE
+    return 2
 
 
 def _stop(signum: int, _frame: object) -> None:
-    raise Interrupted(signum, "Terminated." if signum == signal.SIGTERM else "Interrupted.")
+    raise Interrupted(signum)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -258,15 +249,12 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         # The reader (`| head`) is gone: nothing is left to say; stop the interpreter's own flush from complaining.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_UNREAD)
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            message = str(error)
-        elif is_out_of_memory(error):
+        sys.exit(141)  # what a shell shows of a program that SIGPIPE has ended
+    except Exception as error:
+        if not isinstance(error, UserError) and is_out_of_memory(error):
             message = "out of memory; close other programs or, where the script has it, use a smaller --batch-size"
-        elif isinstance(error, OSError):
-            message = f"{error.filename}: {reason(error)}" if error.filename else reason(error)
-            message += "; free some space and run again" if error.errno == errno.ENOSPC else ""
+        elif isinstance(error, UserError | OSError):
+            message = str(error) or repr(error)
         else:
             raise
         if "--debug" in sys.argv:

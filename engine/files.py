@@ -29,21 +29,20 @@ def atomic_write(path: Path, write: bytes | Callable[[IO[bytes]], Any]) -> None:
     remove_leftovers(path.parent, [path.name], sole_writer=False)
     temporary = path.with_name(f"{path.name}{_TEMPORARY}{uuid.uuid4().hex[:8]}")  # does not end in .pth
     try:
-        try:
-            with open(temporary, "xb") as file:
-                if callable(write):
-                    write(file)
-                else:
-                    file.write(write)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:
+            if callable(write):
+                write(file)
+            else:
+                file.write(write)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
     except OSError as error:
-        kept = "; the file that was there is untouched" if path.exists() else ""
-        raise UserError(f"{path}: cannot be written: {reason(error)}{kept}") from error
+        raise UserError(f"{path}: cannot be written: {reason(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):  # mostly because it has its new name
+            temporary.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -93,7 +92,7 @@ def archive(folder: Path, names: Iterable[str]) -> Path | None:
     return target
 
 
-class FolderLock:
+class FolderLock(contextlib.AbstractContextManager):
     """One training run a folder. The operating system drops the lock when the process dies, however it dies.
 
     Raises UserError naming the process that holds the folder.
@@ -110,7 +109,7 @@ class FolderLock:
         if not try_lock(self._file):
             self._file.seek(1)
             holder = self._file.read(1000).strip() or "holder unknown"
-            self.release()
+            self._file.close()
             raise UserError(
                 f"{folder}: another run is using this folder ({holder}); give this one its own --output-dir"
             )
@@ -131,14 +130,8 @@ class FolderLock:
             "where its checkpoint_last.pth still exists, go on with --resume there"
         )
 
-    def release(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> FolderLock:
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self.release()
+        self._file.close()
 
 
 def try_lock(file: IO[str]) -> bool:

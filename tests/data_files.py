@@ -7,6 +7,8 @@ noise. A binary folder gets its own SHA256SUMS, as data that is not CIFAR-10 mus
 from __future__ import annotations
 
 import hashlib
+import io
+import pickle
 import struct
 from pathlib import Path
 
@@ -43,7 +45,7 @@ def write_python(folder: Path, train: int = 250, test: int = 100, seed: int = 0)
     return `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, records in make_files(train, test, seed).items():
-        (folder / name).write_bytes(pickle_batch(name, records))
+        (folder / name).write_bytes(pickle_batch(records))
     return folder
 
 
@@ -55,27 +57,18 @@ def write_sums(folder: Path) -> Path:
     return folder
 
 
-def pickle_batch(name: str, records: np.ndarray) -> bytes:
-    """A batch as Python 2 pickled it for CIFAR-10: byte strings throughout, protocol 2.
+class _Python2Pickler(pickle._Pickler):
+    """Writes every string, of text or of bytes, as Python 2 wrote its own."""
 
-    Python 3 cannot write such a file, so the operations are written one by one.
-    """
-    rows, pixels = len(records), records[:, 1:].tobytes()
-    dtype = b"cnumpy\ndtype\n" + _text(b"u1") + b"K\x00K\x01\x87R(K\x03" + _text(b"|") + b"NNN" + _int(-1) * 2
-    array = (
-        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + _text(b"b") + b"\x87R"  # an empty one
-        b"(K\x01" + _int(rows) + _int(3072) + b"\x86" + dtype + b"K\x00tb"  # its shape and type
-        b"\x89T" + struct.pack("<i", len(pixels)) + pixels + b"tb"  # and its bytes
-    )
-    labels = b"](" + b"".join(b"K" + bytes([label]) for label in records[:, 0]) + b"e"
-    names = b"](" + b"".join(_text(b"image_%d.png" % row) for row in range(rows)) + b"e"
-    items = {b"batch_label": _text(name.encode()), b"labels": labels, b"data": array, b"filenames": names}
-    return b"\x80\x02}(" + b"".join(_text(key) + value for key, value in items.items()) + b"u."
+    def save_string(self, value: str | bytes) -> None:
+        content = value.encode() if isinstance(value, str) else value
+        self.write(pickle.BINSTRING + struct.pack("<i", len(content)) + content)
+
+    dispatch = pickle._Pickler.dispatch | {str: save_string, bytes: save_string}
 
 
-def _text(text: bytes) -> bytes:
-    return b"U" + bytes([len(text)]) + text
-
-
-def _int(number: int) -> bytes:
-    return b"J" + struct.pack("<i", number)
+def pickle_batch(records: np.ndarray) -> bytes:
+    """A batch as Python 2 pickled it for CIFAR-10."""
+    buffer = io.BytesIO()
+    _Python2Pickler(buffer, protocol=2).dump({"labels": records[:, 0].tolist(), "data": records[:, 1:]})
+    return buffer.getvalue()

@@ -9,14 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 from runs import RUN_FILES, assert_all_load, differences, essence, one_line, resume_options, small_options
-from script_server import ScriptServer
 
-from engine import files
 from engine.checkpoints import BEST, FINAL, LAST
 from engine.cli import UserError
 from engine.files import FolderLock, atomic_write, remove_leftovers
@@ -27,29 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # -- single files: the old one or the new one ------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process")
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_crash_before_the_rename_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    path = tmp_path / "a.pth"
-    path.write_bytes(b"old")
-    monkeypatch.setattr(f"os.{call}", lambda *_: os._exit(9))
-    child = os.fork()
-    if child == 0:
-        try:
-            atomic_write(path, b"new" * 1000)
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert path.read_bytes() == b"old"
-    assert [p.suffix == ".pth" for p in tmp_path.iterdir() if p != path] == [False]
-    remove_leftovers(tmp_path, ["a.pth"], sole_writer=True)
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_leftovers_of_a_living_writer_stay(tmp_path: Path) -> None:
+def test_leftovers_of_a_living_writer_stay(tmp_path):
     for name in ("a.pth.tmp-1", "a.pth.tmp-2", "b.pth.tmp-1", "a.pth"):
         (tmp_path / name).touch()
     os.utime(tmp_path / "a.pth.tmp-1", (0, 0))
@@ -59,9 +36,7 @@ def test_leftovers_of_a_living_writer_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("failing", ["fsync", "replace", "the writer"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()], ids=str)
-def test_what_fails_while_writing_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException
-) -> None:
+def test_what_fails_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failing, error):
     path = tmp_path / "a.pth"
     path.write_bytes(b"old")
 
@@ -80,7 +55,7 @@ def test_what_fails_while_writing_leaves_the_old_file_and_nothing_else(
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.pth", b"old")]
 
 
-def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
     """Whoever asks: permissions do not stop root."""
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to("loop")
@@ -99,7 +74,7 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "left by a killed process", "\n\xff\xfe"])
-def test_a_lock_is_what_is_held_not_what_is_written(tmp_path: Path, content: str) -> None:
+def test_a_lock_is_what_is_held_not_what_is_written(tmp_path, content):
     (tmp_path / FolderLock.NAME).write_bytes(content.encode("latin1"))
     with FolderLock(tmp_path):
         with pytest.raises(UserError, match=f"{tmp_path}: .*process {os.getpid()} .*--output-dir"):
@@ -114,7 +89,7 @@ def test_a_lock_is_what_is_held_not_what_is_written(tmp_path: Path, content: str
 # -- the folder of a run -----------------------------------------------------------------------------------------
 
 
-def test_full_disk(scripts: ScriptServer, small_data: Path, tmp_path: Path, float_run: Path) -> None:
+def test_full_disk(scripts, small_data, tmp_path, float_run):
     """One run for which each of several writes fails in turn, and which goes on when there is space again."""
     options = small_options(small_data)
     for operation, number in (("half-written", 1), ("half-written", 4), ("fsync", 5), ("half-written", 2)):
@@ -130,55 +105,46 @@ def test_full_disk(scripts: ScriptServer, small_data: Path, tmp_path: Path, floa
     assert differences(essence(tmp_path), essence(float_run)) == []
 
 
-def test_a_file_that_grows_too_large(child_environment: dict[str, str], small_data: Path, tmp_path: Path) -> None:
-    """A limit that the system itself sets, for the real command: main.py's checkpoint_last.pth has over 2 MB."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "main.py", *map(str, small_options(small_data))],
-        cwd=tmp_path,
-        env=child_environment,
-        capture_output=True,
-        encoding="utf-8",
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
-        timeout=400,
+def run_command(environment: dict[str, str], folder: Path, *command: object, **more: Any) -> CompletedProcess[str]:
+    """The command itself, with options of subprocess.run."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    script, *arguments = map(str, command)
+    return subprocess.run(
+        [sys.executable, ROOT / script, *arguments], cwd=folder, env=environment, timeout=400, **pipes | more
     )
+
+
+def test_a_file_that_grows_too_large(child_environment, small_data, tmp_path):
+    """A limit that the system itself sets: main.py's checkpoint_last.pth has over 2 MB."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+
+    done = run_command(child_environment, tmp_path, "main.py", *small_options(small_data), preexec_fn=limit)
     assert done.returncode == 2
     assert f"{LAST}: " in one_line(done.stderr)
     assert [path.name for path in tmp_path.iterdir()] == [".run.lock"]
 
 
-def test_a_run_that_nobody_reads_is_not_called_done(
-    child_environment: dict[str, str], small_data: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_nobody_reads_is_not_called_done(child_environment, small_data, tmp_path):
     """As with `| head -1`: the first line that cannot be written ends it, and the status says so."""
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, ROOT / "main.py", *map(str, small_options(small_data))]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=child_environment, stdout=writing, stderr=subprocess.PIPE, timeout=400
-    )
+    done = run_command(child_environment, tmp_path, "main.py", *small_options(small_data), stdout=writing)
     os.close(writing)
-    assert (done.returncode, done.stderr) == (141, b"")
+    assert (done.returncode, done.stderr) == (141, "")
     assert not (tmp_path / FINAL).exists()
 
 
 @pytest.mark.parametrize("closed", [1, 2])
-def test_a_closed_stream_is_no_error(
-    child_environment: dict[str, str], float_run: Path, tmp_path: Path, closed: int
-) -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "inspect_saved_model.py", float_run / BEST],
-        cwd=tmp_path,
-        env=child_environment,
-        capture_output=True,
-        preexec_fn=lambda: os.close(closed),
-        timeout=400,
-    )
-    assert done.returncode == 0
-    assert done.stderr == b""
-    assert (b"resnet20" in done.stdout) == (closed == 2)
+def test_a_closed_stream_is_no_error(child_environment, float_run, tmp_path, closed):
+    command = ("inspect_saved_model.py", float_run / BEST)
+    done = run_command(child_environment, tmp_path, *command, preexec_fn=lambda: os.close(closed))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("resnet20" in done.stdout) == (closed == 2)
 
 
-def test_a_folder_that_cannot_be_written_to(scripts: ScriptServer, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_to(scripts, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "locked").mkdir(mode=0o555)
     folders = [tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none"), "x" * 300]
@@ -188,7 +154,7 @@ def test_a_folder_that_cannot_be_written_to(scripts: ScriptServer, tmp_path: Pat
         assert f"--output-dir {folder}: " in one_line(child.errors)
 
 
-def test_a_folder_that_vanishes(scripts: ScriptServer, small_data: Path, tmp_path: Path) -> None:
+def test_a_folder_that_vanishes(scripts, small_data, tmp_path):
     folder = tmp_path / "out"
     options = [*small_options(small_data, epochs=500), "--output-dir", folder]
     child = scripts.start("main.py", *options, cwd=tmp_path)
@@ -199,9 +165,7 @@ def test_a_folder_that_vanishes(scripts: ScriptServer, small_data: Path, tmp_pat
 
 
 @pytest.mark.parametrize("gone", [shutil.rmtree, lambda folder: folder.rename(f"{folder}-old")], ids=["rm", "mv"])
-def test_a_folder_that_is_replaced(
-    scripts: ScriptServer, small_data: Path, tmp_path: Path, gone: Callable[[Path], object]
-) -> None:
+def test_a_folder_that_is_replaced(scripts, small_data, tmp_path, gone):
     """The run that has lost its folder writes nothing into the one that another run has made in its place."""
     folder = tmp_path / "out"
     first = scripts.start("main.py", *small_options(small_data, epochs=500), "--output-dir", folder, cwd=tmp_path)
@@ -217,9 +181,7 @@ def test_a_folder_that_is_replaced(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_beside_a_link_to_the_checkpoint_lie_files_of_another_run(
-    scripts: ScriptServer, small_data: Path, tmp_path: Path, float_run: Path
-) -> None:
+def test_beside_a_link_to_the_checkpoint_lie_files_of_another_run(scripts, small_data, tmp_path, float_run):
     """They are moved aside, as those beside a copy of it are."""
     shutil.copytree(float_run, tmp_path / "source")
     (tmp_path / "out").mkdir()
@@ -231,7 +193,7 @@ def test_beside_a_link_to_the_checkpoint_lie_files_of_another_run(
     assert differences(essence(tmp_path / "source"), essence(float_run)) == []
 
 
-def test_two_runs_in_one_folder(scripts: ScriptServer, small_data: Path, tmp_path: Path) -> None:
+def test_two_runs_in_one_folder(scripts, small_data, tmp_path):
     first = scripts.start("main.py", *small_options(small_data, epochs=500), cwd=tmp_path)
     assert first.wait_until(lambda: "\nepoch" in first.output)
     for options in (small_options(small_data), ["--resume"]):
@@ -248,9 +210,7 @@ def test_two_runs_in_one_folder(scripts: ScriptServer, small_data: Path, tmp_pat
     assert "Resuming" in third.output
 
 
-def test_a_new_run_moves_the_old_files_aside(
-    scripts: ScriptServer, small_data: Path, tmp_path: Path, float_run: Path
-) -> None:
+def test_a_new_run_moves_the_old_files_aside(scripts, small_data, tmp_path, float_run):
     """Under one name, with nothing of the user's own."""
     shutil.copytree(float_run, tmp_path, dirs_exist_ok=True)
     (tmp_path / "notes.txt").write_text("mine")
@@ -263,23 +223,9 @@ def test_a_new_run_moves_the_old_files_aside(
     assert {path.name for path in tmp_path.iterdir()} == {".run.lock", "notes.txt", "previous-1", "previous-2"}
 
 
-def test_leftovers_go_at_the_next_start(
-    scripts: ScriptServer, small_data: Path, tmp_path: Path, float_run: Path
-) -> None:
+def test_leftovers_go_at_the_next_start(scripts, small_data, tmp_path, float_run):
     shutil.copytree(float_run, tmp_path, dirs_exist_ok=True)
     for name in (f"{LAST}.tmp-0123", f"{BEST}.tmp-4", "metrics.csv.tmp-5"):
         (tmp_path / name).write_bytes(b"half")
     scripts.run("main.py", *resume_options(small_data), cwd=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {*RUN_FILES, ".run.lock"}
-
-
-def test_a_set_is_archived_under_one_name(tmp_path: Path) -> None:
-    names = ["a.pth", "b.csv"]
-    assert files.archive(tmp_path, names) is None
-    for number in (1, 2):
-        for name in (*names, "other"):
-            (tmp_path / name).write_text(f"{name} {number}")
-        assert files.archive(tmp_path, [*names, "missing"]) == tmp_path / f"previous-{number}"
-    found = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
-    kept = {f"previous-{number}/{name}": f"{name} {number}" for number in (1, 2) for name in names}
-    assert found == kept | {"other": "other 2"}

@@ -8,16 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from networks import save_checkpoint
 from runs import one_line
-from script_server import ScriptServer
 
 import main
 import main_binary
@@ -45,9 +42,7 @@ IMPOSSIBLE_BINARY = [
 
 
 @pytest.mark.parametrize("script", [main, main_binary])
-def test_impossible_options_are_refused_before_any_data_is_fetched(
-    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_impossible_options_are_refused_before_any_data_is_fetched(script, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_checkpoint(tmp_path / "latent.pth", "latent")
     (tmp_path / "empty.pth").write_bytes(b"")
@@ -64,7 +59,7 @@ def test_impossible_options_are_refused_before_any_data_is_fetched(
 
 
 @pytest.mark.parametrize("module", [main, main_binary])
-def test_help_names_every_option_with_its_default(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_names_every_option_with_its_default(module, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     parser = module.make_parser()
     text = parser.format_help()
@@ -78,7 +73,7 @@ def test_help_names_every_option_with_its_default(module: Any, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", ["main", "main_binary"])
-def test_importing_a_script_does_nothing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_importing_a_script_does_nothing(name, capsys):
     importlib.reload(sys.modules[name])
     assert capsys.readouterr() == ("", "")
 
@@ -91,9 +86,7 @@ def test_importing_a_script_does_nothing(name: str, capsys: pytest.CaptureFixtur
     [({"amx_bf16": True}, "bfloat16"), ({"avx512_bf16": True}, "bfloat16"), ({"avx512_f": True}, "float32")],
 )
 @pytest.mark.parametrize("old", [False, True], ids=["", "torch 2.6"])
-def test_precision_of_a_cpu(
-    capabilities: dict[str, bool], precision: str, old: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_precision_of_a_cpu(capabilities, precision, old, monkeypatch):
     """bfloat16 by default where the CPU computes with it, and only there; what is asked for is given anywhere."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     if old:  # it has these two functions instead
@@ -108,12 +101,12 @@ def test_precision_of_a_cpu(
 
 
 @pytest.mark.parametrize(("capability", "precision"), [((8, 0), "bfloat16"), ((7, 5), "float32")])
-def test_precision_of_a_gpu(capability: tuple[int, int], precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_of_a_gpu(capability, precision, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert runtime.choose_precision("auto", torch.device("cuda")) == precision
 
 
-def test_emulation_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_emulation_is_said(capsys, monkeypatch):
     args = main.make_parser().parse_args(["--precision", "bfloat16"])
     run, data = Run(args, CPU, Path("."), "float", None, None), SimpleNamespace(train=[0], scored_on="1 test image")
     loader = SimpleNamespace(steps_per_epoch=1)
@@ -128,23 +121,17 @@ def test_emulation_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(2**50), lambda: bytes(2**60)], ids=["torch", "python"])
-def test_out_of_memory_is_one_line(allocate: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> None:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with pytest.raises(SystemExit) as end:
-            cli.run(allocate)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def test_out_of_memory_is_one_line(allocate, capsys, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # those of the tests stay
+    with pytest.raises(SystemExit) as end:
+        cli.run(allocate)
     assert end.value.code == 2
     assert "out of memory" in one_line(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(("ending", "status"), [("raise cli.UserError('wrong')", 2), ("pass", 0)])
-def test_a_signal_while_the_interpreter_shuts_down(
-    signum: int, ending: str, status: int, child_environment: dict[str, str]
-) -> None:
+def test_a_signal_while_the_interpreter_shuts_down(signum, ending, status, child_environment):
     """As torchrun sends it to the others once one process has failed."""
     code = f"""
 import atexit, os
@@ -159,9 +146,7 @@ cli.run(main)
     assert (done.returncode, done.stderr) == (status, b"Error: wrong\n" if status else b"")
 
 
-def test_the_last_line_is_a_command_that_runs(
-    scripts: ScriptServer, small_data: Path, tmp_path: Path, float_run: Path, binary_run: Path
-) -> None:
+def test_the_last_line_is_a_command_that_runs(scripts, small_data, tmp_path, float_run, binary_run):
     """As it is typed in the folder that the training was started in."""
     for folder, evaluates in ((float_run, "eval.py"), (binary_run, "eval_binarized.py")):
         shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
