@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import errno
 import math
 import os
 import re
@@ -251,10 +252,13 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # what a shell shows of a program that SIGPIPE has ended
     except Exception as error:
-        if not isinstance(error, UserError) and is_out_of_memory(error):
+        if isinstance(error, UserError):
+            message = str(error)
+        elif is_out_of_memory(error):
             message = "out of memory; close other programs or, where the script has it, use a smaller --batch-size"
-        elif isinstance(error, UserError | OSError):
-            message = str(error) or repr(error)
+        elif isinstance(error, OSError):
+            message = f"{error.filename}: {reason(error)}" if error.filename else reason(error)
+            message += "; free some space and run again" if error.errno == errno.ENOSPC else ""
         else:
             raise
         if "--debug" in sys.argv:

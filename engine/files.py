@@ -39,7 +39,8 @@ def atomic_write(path: Path, write: bytes | Callable[[IO[bytes]], Any]) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {reason(error)}") from error
+        kept = "; the file that was there is untouched" if path.exists() else ""
+        raise UserError(f"{path}: cannot be written: {reason(error)}{kept}") from error
     finally:
         with contextlib.suppress(OSError):  # mostly because it has its new name
             temporary.unlink()
