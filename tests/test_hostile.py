@@ -27,7 +27,7 @@ from models.bitpack import pack_model
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits the memory as Linux does")
 
 ROOT = Path(__file__).resolve().parent.parent
-MEMORY = 1_500_000_000  # bytes more than a process that has imported everything
+MEMORY = 700_000_000  # bytes more than a process that has imported everything
 CPU_SECONDS = 20
 ABOUT = {"epoch": 3, "metrics": {"test_accuracy": 12.5}, "config": {"seed": 0}, "logit_scale": 0.125}
 CORPUS = {str(case): case for case in hostile_corpus.corpus()}
