@@ -71,19 +71,16 @@ def find_weights(path: Path, contents: Contents, weights_key: str | None = None)
         called = [name for name, calls in contents.inert.items() if calls]
         runs = f"; nothing was run, an ordinary load would call {some(called)}" if called else ""
         raise UserError(f"{path}: not a checkpoint of a network: no tensors under names in it{runs}")
-    if weights_key is not None:
-        chosen = [weights for weights in found if weights.key == weights_key]
-        if not chosen:
-            keys = some([weights.key for weights in found])
-            raise UserError(f"{path}: --weights-key {weights_key}: no tensors under that key; there are {keys}")
-        best = chosen[0]
-    else:
-        best, keys = found[0], [weights.key for weights in found if not weights.problem]
-        if len(keys) > 1:
-            raise UserError(
-                f"{path}: the weights under {some(keys)} all fit; give --weights-key NAME to a script that has this "
-                "option, or save the weights that you mean in a file of their own"
-            )
+    fitting = [weights.key for weights in found if not weights.problem]
+    if weights_key is None and len(fitting) > 1:
+        raise UserError(
+            f"{path}: the weights under {some(fitting)} all fit; give --weights-key NAME to a script that has this "
+            "option, or save the weights that you mean in a file of their own"
+        )
+    best = next((weights for weights in found if weights_key in (None, weights.key)), None)
+    if best is None:
+        keys = some([weights.key for weights in found])
+        raise UserError(f"{path}: --weights-key {weights_key}: no tensors under that key; there are {keys}")
     if best.problem:
         where = f" (under {best.key!r})" if best.key else ""
         raise UserError(f"{path}: {best.problem}{where}")

@@ -170,10 +170,10 @@ def examine(path: Path, content: bytes | None = None) -> tuple[Contents, str]:
     """
     if content is None:
         content = _read_regular_file(path)
+    other = kinds.other_kind(content)
+    if other:
+        raise UserError(f"{path}: {other}")
     try:
-        other = kinds.other_kind(content)
-        if other:
-            raise pickles.OtherKind(other)
         contents = reader.load(content)
     except pickles.OtherKind as error:
         raise UserError(f"{path}: {error}") from error

@@ -16,16 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.checkpoints.pickles import (
-    ARRAY,
-    MOST_COPIES,
-    Inert,
-    Interpreter,
-    OtherKind,
-    Refused,
-    require,
-    storage_type,
-)
+from engine.checkpoints.pickles import ARRAY, MOST_COPIES, Inert, Interpreter, OtherKind, require, storage_type
 
 _MOST_VALUES = 1_000_000  # lists that share their items stand for endlessly many
 _MOST_TEXT = 32  # times the size of the file: short names that a file holds once may occur often
@@ -70,10 +61,9 @@ class _Reader(Interpreter):
             return pid[1]
         _, kind, key, _, count = pid[:5]
         require(pid[0] == "storage" and pid[5:] in ((), (None,)), "it holds an invalid storage")  # None: no view
-        dtype = storage_type(kind.name) if isinstance(kind, Inert) else None
-        if dtype is None:
-            unknown = kind.name if isinstance(kind, Inert) else type(kind).__name__
-            raise Refused(f"it holds a storage of an unknown type, {unknown}")
+        name = kind.name if isinstance(kind, Inert) else type(kind).__name__
+        dtype = storage_type(name)
+        require(dtype is not None, f"it holds a storage of an unknown type, {name}")
         require(type(key) is str and type(count) is int, "it holds an invalid storage")
         require(self._storage is not None, "it holds a storage where none can be")
         return self._storage(key, count, dtype.itemsize).view(dtype)
