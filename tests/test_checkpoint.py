@@ -243,6 +243,7 @@ def test_nothing_is_unpickled_by_anyone_else():
         assert "pickle" not in names or "checkpoints" not in path.parts, path
 
 
+@pytest.mark.slow
 def test_reading_takes_time_in_proportion_to_the_file(tmp_path):
     """Sixteen times the tensors: at most forty times the time, so that nothing is quadratic."""
     seconds = []

@@ -50,6 +50,7 @@ def operators_after_loading(content: bytes, folder: Path) -> Counter[str]:
     return found
 
 
+@pytest.mark.slow
 def test_exports_compute_what_torch_computes(exports: dict[str, bytes], pixels: torch.Tensor) -> None:
     """And the bounds mean something: with one of 688 scales negated they do not hold."""
     model = binary_network()
