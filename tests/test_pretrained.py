@@ -23,8 +23,10 @@ SCORED_BY = {
     "resnet20_float.pth": ("eval.py", 0.02),
     "resnet20_binary_latent.pth": ("eval_binarized.py", 0.0),
     "resnet20_binary_short_latent.pth": ("eval_binarized.py", 0.0),
-    "resnet20_binary_adam_latent.pth": ("eval_binarized.py", 0.0),
+    "resnet20_binary_default_latent.pth": ("eval_binarized.py", 0.0),
     "resnet20_binary_1bit.pth": ("load_binarized_example.py", 0.0),
+    "resnet20_binary_short_1bit.pth": ("load_binarized_example.py", 0.0),
+    "resnet20_binary_default_1bit.pth": ("load_binarized_example.py", 0.0),
 }
 
 
