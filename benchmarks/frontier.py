@@ -98,6 +98,8 @@ def draw(networks: list[Network]) -> Figure:
         marker = {"edgecolors": color, "facecolors": color if ours else "white", "linewidths": 1.6, "zorder": 3}
         axes.scatter([n.size for n in shown], [n.accuracy for n in shown], 60, label=text, **marker)
     for n in (n for n in networks if n.ours):
+        if any(o.ours and o.size == n.size and 0 < o.accuracy - n.accuracy < 0.5 for o in networks):
+            continue  # its name would cover the other's
         best = n.accuracy >= max(other.accuracy for other in PUBLISHED if other.binary == n.binary)
         place = {"xytext": (0, 8), "va": "bottom"} if best else {"xytext": (0, -8), "va": "top"}
         at = {"xy": (n.size, n.accuracy), "textcoords": "offset points", "ha": "center"}
