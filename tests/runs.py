@@ -1,8 +1,10 @@
-"""What the tests of training share: a small run, and what of its files must not depend on where it was stopped."""
+"""What tests share: scripts called in this process, a small run, and what of its files must not depend on a stop."""
 
 from __future__ import annotations
 
 import csv
+import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,18 @@ def run_here(module: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, *option
     arguments = [*map(str, options), "--output-dir", str(folder), "--threads", "1"]
     monkeypatch.setattr("sys.argv", [f"{module.__name__}.py", *arguments])
     module.main()
+
+
+def caller(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """call = caller(...); call("eval", "x.pth"): a script's main function in `folder`; returns what it printed."""
+    monkeypatch.chdir(folder)
+
+    def call(script: str, *arguments: object) -> str:
+        monkeypatch.setattr("sys.argv", [f"{script}.py", *map(str, arguments)])
+        importlib.import_module(script).main()
+        return capsys.readouterr().out
+
+    return call
 
 
 def one_line(errors: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from networks import NEW_NETWORKS, binary_network, random_network, register_new_networks, save_checkpoint
+from runs import caller
 
 import analyze_binary_weights as analyze
 from analyze_binary_weights import WeightStats
@@ -28,13 +28,11 @@ TOTAL = 268_336
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
     """call("x.pth"): main() in this process, in tmp_path, without its picture; what it printed, at most 80 wide."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(analyze, "draw", lambda *_, **__: None)
+    call = caller(tmp_path, monkeypatch, capsys)
 
     def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["analyze_binary_weights.py", *map(str, arguments)])
-        analyze.main()
-        printed = capsys.readouterr().out
+        printed = call("analyze_binary_weights", *arguments)
         assert max(map(len, printed.splitlines())) <= 80
         return printed
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from calling import caller
 from networks import NEW_NETWORKS, binary_network, random_network, register_new_networks, save_checkpoint, sha256
+from runs import caller
 from script_server import ScriptServer
 
 import cifar10

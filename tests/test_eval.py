@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from calling import caller
 from networks import binary_network, random_network, save_checkpoint
+from runs import caller
 
 import cifar10
 import eval_binarized

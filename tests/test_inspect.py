@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -14,23 +14,17 @@ import numpy as np
 import pytest
 import torch
 from networks import binary_network, random_network, sha256
+from runs import caller
 
-import inspect_saved_model as inspecting
 from engine import checkpoints
 from models import weight_layers
 from models.bitpack import pack_model
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
     """call("x.pth", "--all"): main() in this process; what it printed."""
-
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["inspect_saved_model.py", *map(str, arguments)])
-        inspecting.main()
-        return capsys.readouterr().out
-
-    return run
+    return functools.partial(caller(tmp_path, monkeypatch, capsys), "inspect_saved_model")
 
 
 def row_of(printed: str, name: str) -> list[str]:
