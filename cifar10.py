@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,10 +83,10 @@ class Data:
         return len(getattr(self, split) or ())
 
     def batches(
-        self, split: str, device: torch.device, rank: int, world_size: int
+        self, split: str, device: torch.device, *, batch_size: int = EVAL_BATCH, **more: Any
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """`eval_batches` of the split of that name."""
-        return eval_batches(getattr(self, split), EVAL_BATCH, device, rank=rank, world_size=world_size)
+        """`eval_batches` of the split of that name; `more` as there."""
+        return eval_batches(getattr(self, split), batch_size, device, **more)
 
 
 def load(

@@ -19,7 +19,7 @@ import cifar10
 from engine import checkpoints, cli, normalization, onnx_export, report, runtime
 from engine.checkpoints import BEST
 from engine.cli import UserError
-from engine.evaluate import Scores
+from engine.evaluate import Scores, score_on_test
 from engine.files import atomic_write, keep_source
 from models.quantizers import SIGN_QUANTIZERS
 
@@ -138,7 +138,7 @@ def main() -> None:
         used = normalization.choose(loaded, args, cifar10.MEAN, cifar10.STD)
 
     data = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
-    scores = normalization.score(model, data.test, args, cifar10.eval_batches, used, scale)
+    scores = score_on_test(model, data, args, used, logit_scale=scale)
     print_scores(scores, data, scale)
     if args.plot:
         # With the kind of the weights: a picture travels without the warning printed above.

@@ -15,7 +15,7 @@ import cifar10
 from engine import binarized, checkpoints, cli, normalization, report
 from engine.checkpoints import BEST, BINARIZED, Checkpoint
 from engine.cli import UserError
-from engine.evaluate import Scores
+from engine.evaluate import Scores, score_on_test
 from engine.files import keep_source
 from models.binaryconnect import count_binary_weights
 
@@ -62,7 +62,7 @@ def main() -> None:
     count_binary_weights(model)  # raises where one is not
     print("✓ All convolution/linear weights are binary {-1, +1}")
     data = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
-    scores = normalization.score(model, data.test, args, cifar10.eval_batches, used, loaded.logit_scale)
+    scores = score_on_test(model, data, args, used, logit_scale=loaded.logit_scale)
     print(f"Scored on {data.scored_on}")
     print(scores.accuracy_line())
 

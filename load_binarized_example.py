@@ -16,6 +16,7 @@ import cifar10
 from engine import checkpoints, cli, normalization, onnx_export, report
 from engine.checkpoints import BINARIZED, Checkpoint
 from engine.cli import UserError
+from engine.evaluate import score_on_test
 from models.binaryconnect import count_binary_weights
 
 
@@ -48,7 +49,7 @@ def main() -> None:
         used = normalization.choose(loaded, args, cifar10.MEAN, cifar10.STD)
 
     data = cifar10.load(args.data_dir, train=False, limit_test=args.limit_test)
-    scores = normalization.score(model, data.test, args, cifar10.eval_batches, used)
+    scores = score_on_test(model, data, args, used)
     predicted = scores.logits.argmax(1)  # logits (images, 10) -> classes (images,)
     for number, (label, guess) in enumerate(zip(data.test.labels[:5], predicted[:5], strict=True)):
         print(f"  test image {number}: {cifar10.CLASSES[label]:<10}  classified as {cifar10.CLASSES[guess]}")

@@ -21,7 +21,7 @@ import cifar10
 from engine import binarized, checkpoints, cli, normalization, onnx_export, report
 from engine.checkpoints import BEST, BINARIZED, BINARY_1BIT, PACKED, Checkpoint
 from engine.cli import UserError
-from engine.evaluate import Scores
+from engine.evaluate import Scores, score_on_test
 from engine.files import atomic_write, keep_source
 from engine.normalization import Normalization
 from models import weight_layers
@@ -81,7 +81,7 @@ def load_source(args: argparse.Namespace) -> Checkpoint:
 
 def score(model: nn.Module, data: cifar10.Data, args: argparse.Namespace, used: Normalization) -> Scores:
     """Scores on the test images; prints the accuracy."""
-    scores = normalization.score(model, data.test, args, cifar10.eval_batches, used)
+    scores = score_on_test(model, data, args, used)
     print(scores.accuracy_line())
     return scores
 

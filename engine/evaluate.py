@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +16,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.cli import UserError
+from engine.normalization import Normalization
+from engine.onnx_export import OnnxNetwork
 from engine.training import distributed
 from models.resnet_s import NUM_CLASSES
+
+if TYPE_CHECKING:
+    from cifar10 import Data
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,3 +102,18 @@ def evaluate(
         problem = "the network's outputs are NaN"
         raise UserError(f"{path}: {problem}; the checkpoint is unusable") if path else ValueError(problem)
     return Scores(loss, confusion, torch.cat(logits).cpu(), time.perf_counter() - started)
+
+
+def score_on_test(
+    model: nn.Module, data: Data, args: argparse.Namespace, used: Normalization, *, logit_scale: float = 1.0
+) -> Scores:
+    """Scores of the network of args.checkpoint on the test images; moves it to args.device.
+
+    An OnnxNetwork takes the pixels themselves. used: the normalization for any other, see `normalization.choose`.
+    """
+    if isinstance(model, OnnxNetwork):
+        batches = zip(data.test.images.split(args.batch_size), data.test.labels.split(args.batch_size), strict=True)
+    else:
+        model.to(args.device, memory_format=torch.channels_last)
+        batches = data.batches("test", args.device, batch_size=args.batch_size, **used)
+    return evaluate(model, batches, len(data.test), logit_scale=logit_scale, progress="test", path=args.checkpoint)

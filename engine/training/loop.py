@@ -323,7 +323,7 @@ class Trainer:
 
     def _score(self, split: str) -> Scores:
         data, run = self.data, self.run
-        batches = data.batches(split, run.device, distributed.rank(), distributed.world_size())
+        batches = data.batches(split, run.device, rank=distributed.rank(), world_size=distributed.world_size())
         try:
             with self.scoring():
                 return evaluate(
