@@ -107,12 +107,15 @@ def _describe_packed(loaded: Checkpoint) -> list[str]:
     weights = [layer.weight for _, layer in weight_layers(loaded.model(fold=False))]
     count, plus = sum(w.numel() for w in weights), sum(int((w > 0).sum()) for w in weights)
     kept = loaded.raw["batchnorm"] == "kept"
-    floats = "weights, biases, running means and variances" if kept else "folded scales and shifts"
+    normalization = "weight, bias, running mean and variance" if kept else "folded scale and shift"
     return _fill(
         f"  signs: the {count:,} weights of {len(weights)} layers, one bit each, 8 in a byte, lowest bit first, in "
         f"the order of the network; 1 is +1 ({plus:,}, {share(plus, count)}), 0 is -1 ({count - plus:,}, "
         f"{share(count - plus, count)})."
-    ) + _fill(f"  floats: the {floats} of the BatchNorms, one after the other, then the bias of the classifier.")
+    ) + _fill(
+        f"  floats: the {normalization} of each BatchNorm that follows a convolution, and every other float of the "
+        "network, module by module."
+    )
 
 
 def describe_inert(inert: dict[str, bool]) -> list[str]:

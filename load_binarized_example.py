@@ -14,6 +14,7 @@ from torch import nn
 
 import cifar10
 from engine import checkpoints, cli, normalization, onnx_export, report
+from engine.binarized import require_sign
 from engine.checkpoints import BINARIZED, Checkpoint
 from engine.cli import UserError
 from engine.evaluate import score_on_test
@@ -25,6 +26,7 @@ def binary_network(loaded: Checkpoint) -> nn.Module:
 
     Raises UserError for another kind of file, ValueError where a weight is neither -1 nor +1.
     """
+    require_sign(loaded)
     if loaded.kind not in ("binary", checkpoints.BINARY_1BIT):
         advice = {"latent": "binarize it with eval_binarized.py"}.get(loaded.kind, "train with main_binary.py first")
         raise UserError(f"{loaded.path}: its weights are {loaded.kind}, not binary; {advice}")

@@ -60,17 +60,22 @@ def find_scale(w: Tensor) -> Scaled | None:
     return None
 
 
-def binarized_model(loaded: Checkpoint) -> nn.Module:
-    """The network of a checkpoint with -1 and +1 for weights, BatchNorm as it is, in evaluation mode, on the CPU.
-
-    Prints one line where the weights were not trained to be binarized. A 1-bit file is not for this function.
-    Raises UserError for latent weights that were trained with another quantizer than a sign.
-    """
+def require_sign(loaded: Checkpoint) -> None:
+    """Raises UserError for latent weights that were trained with another quantizer than a sign."""
     if loaded.kind == "latent" and loaded.quantizer not in SIGN_QUANTIZERS:
         raise UserError(
             f"{loaded.path}: its latent weights were trained with the quantizer {loaded.quantizer!r}: their signs "
             f"are not the network; only weights of {' or '.join(SIGN_QUANTIZERS)} can be binarized"
         )
+
+
+def binarized_model(loaded: Checkpoint) -> nn.Module:
+    """The network of a checkpoint with -1 and +1 for weights, BatchNorm as it is, in evaluation mode, on the CPU.
+
+    Prints one line where the weights were not trained to be binarized. A 1-bit file is not for this function.
+    Raises UserError as `require_sign` does.
+    """
+    require_sign(loaded)
     model = loaded.model()
     if loaded.kind in ("float", "unknown"):
         print(f"⚠ {loaded.path}: {_warning(model, loaded.kind)}")

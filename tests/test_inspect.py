@@ -93,7 +93,7 @@ def test_a_one_bit_file_is_explained(tmp_path: Path, call: Callable, keep: bool)
     assert "Fits: ✓ resnet20, binary weights, one bit each" in words
     assert "the 268,336 weights of 20 layers" in words
     assert f"1 is +1 ({plus:,}, {100 * plus / 268_336:.2f}%), 0 is -1 ({268_336 - plus:,}," in words
-    assert ("running means" in words) == keep
+    assert ("running mean" in words) == keep
     assert row_of(printed, "signs") == ["33542", "uint8", "33542", "0", "255", "256"]
     assert row_of(printed, "floats")[:3] == (["2762", "float32", "11048"] if keep else ["1386", "float32", "5544"])
 

@@ -307,6 +307,25 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
+def ternary(w: torch.Tensor) -> torch.Tensor:
+    return torch.where(w.abs() < 0.05, 0.0, torch.sign(w))
+
+
+def test_a_run_of_another_quantizer_goes_on_with_that_one_only(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Resumed with signs, even a finished run would write files that say they are of signs."""
+    with monkeypatch.context() as patch:
+        patch.setattr(main_binary, "deterministic_sign", ternary)
+        run_here(main_binary, tmp_path, patch, *small_options(small_data, epochs=1))
+        run_here(main_binary, tmp_path, patch, *resume_options(small_data))
+    assert capsys.readouterr().out.count("Next: python3 analyze_binary_weights.py ") == 2
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.pth")}
+    with pytest.raises(UserError, match=f"{LAST}: .*'ternary'.*'deterministic_sign'"):
+        run_here(main_binary, tmp_path, monkeypatch, *resume_options(small_data))
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.pth")} == before
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_training_state_that_does_not_fit_is_refused(
     damage: str, small_data: Path, tmp_path: Path, binary_run: Path, monkeypatch: pytest.MonkeyPatch

@@ -111,6 +111,9 @@ class Trainer:
         before, now = state["processes"], expected["processes"]
         if before != now:
             raise UserError(f"{resumed.path}: is a run of {before} processes, resumed by {now}; start as many")
+        before, now = resumed.quantizer, self.extra.get("quantizer", resumed.quantizer)
+        if before != now:
+            raise UserError(f"{resumed.path}: was run with the quantizer {before!r}, but the script now has {now!r}")
         history, best = state["history"], state["best"]
         check_history(history, state["epoch"], self.run.args.epochs, {"epoch", f"{self.chosen_on}_accuracy"})
         check_best(best, history, self.model.state_dict())
@@ -366,9 +369,13 @@ class Trainer:
         run.print_once(f"Best epoch ({self.best['epoch']}), {BEST}, chosen {how}:")
         self.model.load_state_dict(self.best["state_dict"])
         run.print_once(self._score("test").accuracy_line())
-        # Only weights that were binarized by their sign can be binarized for good.
-        script = "eval_binarized.py" if self.weights_in_words == "binary" else "eval.py"
-        run.print_once(f"\nNext: {run.command(script, run.folder / BEST, places=('data_dir',))}")
+        if run.kind == "float":
+            script, places = "eval.py", ("data_dir",)
+        elif self.weights_in_words == "binary":
+            script, places = "eval_binarized.py", ("data_dir",)
+        else:  # no script quantizes as another quantizer does
+            script, places = "analyze_binary_weights.py", ()
+        run.print_once(f"\nNext: {run.command(script, run.folder / BEST, places=places)}")
 
     def interrupt_message(self) -> str:
         """What to say after a signal: what is saved, and what to type."""

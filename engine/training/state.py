@@ -38,7 +38,7 @@ def check_form(saved: Any, fresh: Any, where: str, *, equal: bool = False) -> No
     if isinstance(fresh, dict):
         _require(isinstance(saved, dict) and saved.keys() == fresh.keys(), f"{where} has other entries")
         for key in fresh:
-            check_form(saved[key], fresh[key], where, equal=equal)
+            check_form(saved[key], fresh[key], f"{where}.{key}", equal=equal)
     elif isinstance(fresh, list | tuple):
         _require(isinstance(saved, list | tuple) and len(saved) == len(fresh), f"{where} has another length")
         for one, other in zip(saved, fresh, strict=True):
