@@ -34,6 +34,7 @@ from models import BC, build
 from models.quantizers import deterministic_sign, stochastic_sign
 
 # Optimizers of the latent weights: class, peak learning rate, further arguments (docs/experiments.md, 1, 2 and 19).
+# --weight-decay is not for them: an optimizer with a decay of its own, such as AdamW, needs "weight_decay": 0.
 LATENT_OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], float, dict[str, Any]]] = {
     "muon": (Muon, 0.01, {}),
     "adam": (Adam, 0.01, {"fused": True}),

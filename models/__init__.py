@@ -1,8 +1,9 @@
 """What the network is: architectures, quantizers, binary weights, one bit per weight. Imports nothing else of ours.
 
 To add a network, write its class in a new file here and enter it in ARCHITECTURES below: training, resuming,
-evaluation, binarizing and packing find it by that name. ONNX export is for the ResNets. `--logit-scale` 1/8 was
-chosen for a classifier with 64 inputs; another number of them may need another scale.
+evaluation, binarizing and packing find it by that name, which every file of theirs records. ONNX export, and files
+without a name, are for the ResNets. `--logit-scale` 1/8 was chosen for a classifier with 64 inputs; another number of
+them may need another scale.
 
 - It takes normalized images, float (N, 3, 32, 32), and returns logits (N, 10).
 - `ARCHITECTURES[name]()` always builds the same layers, newly initialized.
