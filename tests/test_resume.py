@@ -336,9 +336,11 @@ def test_a_training_state_that_does_not_fit_is_refused(
     DAMAGE[damage](content["training"])
     checkpoints.save(tmp_path / "it.pth", content)
     options = [*resume_options(small_data)[1:], "--resume", tmp_path / "it.pth"]
-    with pytest.raises(UserError, match=re.escape(str(tmp_path / "it.pth"))):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "it.pth"))) as error:
         run_here(main_binary, tmp_path / "out", monkeypatch, *options)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".run.lock"]
+    if damage == "another rate":
+        assert "optimizers.lr" in str(error.value)
 
 
 def test_a_teacher_of_other_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
