@@ -242,7 +242,8 @@ def main() -> None:
 
     print(*report.headline(loaded), sep="\n")
     print_tables(layers, total)
-    print_sizes(model, total)
+    if not loaded.other_quantizer:  # one bit would not hold that network
+        print_sizes(model, total)
     print("", *verdict(layers, total, loaded.kind), sep="\n")
     clipped = total.in_range == total.count and loaded.kind not in ("float", "unknown")
     picture = folder / f"{loaded.path.stem}_histograms.png"

@@ -62,7 +62,7 @@ def find_scale(w: Tensor) -> Scaled | None:
 
 def require_sign(loaded: Checkpoint) -> None:
     """Raises UserError for latent weights that were trained with another quantizer than a sign."""
-    if loaded.kind == "latent" and loaded.quantizer not in SIGN_QUANTIZERS:
+    if loaded.other_quantizer:
         raise UserError(
             f"{loaded.path}: its latent weights were trained with the quantizer {loaded.quantizer!r}: their signs "
             f"are not the network; only weights of {' or '.join(SIGN_QUANTIZERS)} can be binarized"

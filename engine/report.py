@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 from engine.checkpoints import BINARY_1BIT, Checkpoint
-from models.quantizers import SIGN_QUANTIZERS
 
 _KIND_WORDS = {
     "float": "full-precision weights",
@@ -19,7 +18,7 @@ _KIND_WORDS = {
 
 def what_it_is(loaded: Checkpoint) -> str:
     """Architecture and kind of the weights, with the quantizer of latent weights where it is not a sign."""
-    if loaded.kind == "latent" and loaded.quantizer not in SIGN_QUANTIZERS:
+    if loaded.other_quantizer:
         return f"{loaded.arch}, latent weights of the quantizer {loaded.quantizer!r:.60}, real-valued"
     return f"{loaded.arch}, {_KIND_WORDS[loaded.kind]}"
 
@@ -36,7 +35,7 @@ def headline(loaded: Checkpoint) -> list[str]:
         accuracy, count = metrics.get(f"{split}_accuracy"), metrics.get(f"{split}_images")
         if _is_number(accuracy, 100):
             scored = f"{count:,} {images}" if _is_number(count, 10**9) else images
-            quantized = "binarized" if loaded.quantizer in SIGN_QUANTIZERS else "quantized"
+            quantized = "quantized" if loaded.other_quantizer else "binarized"
             how = f", {quantized}" if loaded.kind == "latent" else ""
             lines.append(f"  recorded accuracy {accuracy:.2f}% on {scored}{how}")
     return lines + notes(loaded)

@@ -238,6 +238,13 @@ def test_a_mixed_file_is_described_layer_by_layer(tmp_path: Path, call: Callable
     assert re.search(r"^layer3\.2\.conv2 +-a and \+a in each output channel", printed, re.M)
 
 
+def test_one_bit_is_no_size_for_latent_weights_of_another_quantizer(tmp_path: Path, call: Callable) -> None:
+    weights = {name: value.clip(-1, 1) for name, value in random_network().state_dict().items()}
+    for quantizer in ("ternary", "stochastic_sign"):
+        checkpoints.save(tmp_path / "x.pth", checkpoints.make("resnet20", "latent", weights, quantizer=quantizer))
+        assert ("1-bit weights" in call("x.pth")) == (quantizer == "stochastic_sign")
+
+
 @pytest.mark.parametrize("arch", NEW_NETWORKS)
 def test_networks_that_are_no_resnets(
     arch: str, tmp_path: Path, call: Callable, monkeypatch: pytest.MonkeyPatch

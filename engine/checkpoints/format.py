@@ -41,6 +41,7 @@ from models import ARCHITECTURES, build, weight_layers
 from models.binaryconnect import is_binary
 from models.bitpack import KIND as BINARY_1BIT
 from models.bitpack import unpack_model
+from models.quantizers import SIGN_QUANTIZERS
 
 FORMAT_VERSION = 1
 LARGEST_LOGIT_SCALE = 10**6  # beyond, logits would overflow that are not infinite themselves
@@ -80,6 +81,11 @@ class Checkpoint:
     weights_key: str = "state_dict"  # where in the file the weights are; "" at the top level
     notes: list[str] = field(default_factory=list)  # how the file was read, lines to print
     raw: dict[str, Any] = field(default_factory=dict)  # the file's own dictionary
+
+    @property
+    def other_quantizer(self) -> bool:
+        """Whether these are latent weights of another quantizer than a sign: their signs are not the network."""
+        return self.kind == "latent" and self.quantizer not in SIGN_QUANTIZERS
 
     def model(self, *, fold: bool = True) -> nn.Module:
         """The network with these weights, on the CPU, in evaluation mode. fold: see `bitpack.unpack_model`."""
