@@ -13,7 +13,8 @@ import torch
 from runs import differences, essence, one_line, resume_options, run_here
 
 import main_binary
-from engine import runtime
+from engine import checkpoints, runtime
+from engine.checkpoints import LAST
 from engine.cli import UserError
 from models import ARCHITECTURES, ResNetS
 
@@ -28,7 +29,7 @@ def test_compiled_run_is_resumed_bit_for_bit(
     it would not repeat. The folder is copied in the second epoch; with a ResNet-8, which compiles in less time."""
     monkeypatch.setitem(ARCHITECTURES, "resnet8", lambda: ResNetS(8))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    whole, part = tmp_path / "whole", tmp_path / "part"
+    whole, part, eager = tmp_path / "whole", tmp_path / "part", tmp_path / "eager"
     backward, losses = torch.Tensor.backward, []
 
     def copying(loss: torch.Tensor) -> None:
@@ -41,10 +42,17 @@ def test_compiled_run_is_resumed_bit_for_bit(
     options = ["--arch", "resnet8", "--limit-train", 90, "--limit-test", 20, "--batch-size", 32, "--epochs", 2]
     run_here(main_binary, whole, monkeypatch, *options, "--compile", *resume_options(small_data)[1:])
     torch.compiler.reset()  # as in a new process
+    shutil.copytree(part, eager)
     run_here(main_binary, part, monkeypatch, *resume_options(small_data))
-    assert capsys.readouterr().out.count(", compiled\n") == 2
+    printed = capsys.readouterr().out
+    assert printed.count(", compiled\n") == 2
+    assert "same bits" not in printed
     assert losses[3:6] == losses[6:]
     assert differences(essence(part), essence(whole)) == []
+
+    run_here(main_binary, eager, monkeypatch, *resume_options(small_data), "--no-compile")
+    assert "It ran compiled and now runs eager: not the same bits any more." in capsys.readouterr().out
+    assert checkpoints.load(eager / LAST).config["compile"] is False
 
 
 def test_asked_for_without_a_compiler(

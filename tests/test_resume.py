@@ -207,7 +207,6 @@ def test_a_finished_run_says_so_and_writes_what_is_missing(
         (["--arch", "resnet32"], ("--arch resnet32", "--arch resnet20")),
         (["--limit-train", 20], ("--limit-train 20", "--limit-train 30")),
         (["--stochastic"], ("--stochastic", "no --stochastic")),
-        (["--compile"], ("--compile", "no --compile")),
         (["--teacher", "x.pth"], ("--teacher x.pth", "no --teacher")),
         (["--batch-size", 16, "--epochs", 3], ("--batch-size 16", "--batch-size 8")),
     ],

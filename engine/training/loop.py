@@ -42,6 +42,10 @@ _LOOK_SECONDS = 0.5  # how often the numbers are fetched from the device for the
 _CURVES_SECONDS = 60.0  # drawing takes about a second: not at the end of every short epoch
 
 
+def _mode(compiled: bool) -> str:
+    return "compiled" if compiled else "eager"
+
+
 @dataclass(eq=False)
 class Trainer:
     """One training: `Trainer(...).fit()` trains `model` with `step`, with everything around it."""
@@ -134,6 +138,9 @@ class Trainer:
         before, now = state["threads"], expected["threads"]
         if self.run.device.type == "cpu" and before != now:
             self.run.print_once(f"It ran on --threads {before} and now runs on {now}: not the same bits any more.")
+        before, now = _mode(resumed.config["compile"]), _mode(self.run.args.compile)
+        if before != now:
+            self.run.print_once(f"It ran {before} and now runs {now}: not the same bits any more.")
 
     def save(self, name: str, content: dict[str, Any]) -> None:
         """Write one of the run's checkpoints, in the writing process."""
@@ -190,8 +197,8 @@ class Trainer:
         run.print_once(f"run: {schedule}, into {run.folder}/")
         processes = distributed.world_size()
         several = f", {processes} processes" if processes > 1 else ""
-        mode = "compiled" if args.compile else "eager"
-        run.print_once(f"machine: {runtime.describe(run.device)}{several}, {args.precision}, {mode}")
+        mode = f"{args.precision}, {_mode(args.compile)}"
+        run.print_once(f"machine: {runtime.describe(run.device)}{several}, {mode}")
         if runtime.may_be_emulated(args.precision, run.device):
             run.print_once("Note: neither AMX nor AVX-512 BF16 found: bfloat16 may be emulated, many times slower.")
         if not run.resumed and self.warmup != round(args.warmup_epochs * self.loader.steps_per_epoch):

@@ -203,6 +203,8 @@ def _adopt_options(parser: cli.ArgumentParser, resumed: checkpoints.Checkpoint) 
     if args.compile is None:
         args.compile = recorded["compile"]
     for name, value in plain_options(args).items():
+        if name == "compile":
+            continue  # it changes nothing but rounding, and the trainer tells of that
         if name == "teacher" and value and recorded[name]:
             continue  # the file may have another name now: its content is compared when it is loaded
         if value != recorded[name]:
