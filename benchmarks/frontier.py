@@ -53,7 +53,7 @@ PUBLISHED = (  # README.md has the papers, docs/images/README.md the repositorie
     Network("ReSTE", 91.32, ENDS_IN_FLOAT, True),
     Network("IR-Net", 90.8, ENDS_IN_FLOAT, True),
     Network("ProxQuant", 90.65, SHORTCUTS_IN_FLOAT, True),
-    Network("DoReFa style", 90.54, ENDS_IN_FLOAT, True),
+    Network("DoReFa-Net", 90.54, ENDS_IN_FLOAT, True),
     Network("BinaryConnect in the ProxQuant paper", 90.46, SHORTCUTS_IN_FLOAT, True),
     Network("He et al.", 91.25, computed_bytes(0, FLOAT), False),
     Network("akamaster", 91.73, computed_bytes(0, FLOAT), False),
@@ -69,7 +69,10 @@ def our_networks(folder: Path = ROOT / "pretrained") -> list[Network]:
         binary = loaded.kind == checkpoints.BINARY_1BIT
         if binary or loaded.kind == "float":
             accuracy = loaded.raw["accuracy"] if binary else loaded.metrics["test_accuracy"]
-            name = loaded.arch.replace("resnet", "ResNet-") + (", 1 bit" if binary else ", float32")
+            which = path.stem.removeprefix(loaded.arch).removesuffix("_1bit").replace("_binary", "").strip("_")
+            name = loaded.arch.replace("resnet", "ResNet-") + (
+                f", {which or 'with a teacher'}" if binary else ", float32"
+            )
             found.append(Network(name, accuracy, path.stat().st_size, binary, ours=True))
     return found
 
@@ -90,20 +93,22 @@ def draw(networks: list[Network]) -> Figure:
     figure = new_figure(8, 4.8)
     axes = figure.add_subplot()
     axes.set_xscale("log")
-    axes.set_xlim(min(n.size for n in networks) / 3, max(n.size for n in networks) * 3)
+    axes.set_xlim(min(n.size for n in networks) / 5, max(n.size for n in networks) * 1.6)
     low, high = min(n.accuracy for n in networks), max(n.accuracy for n in networks)
     axes.set_ylim(low - 0.14 * (high - low), high + 0.14 * (high - low))  # room for names
-    for ours, color, text in ((False, OTHERS, "published, size computed"), (True, OURS, "ours, size of the file")):
+    for ours, color, text in (
+        (False, OTHERS, "published ResNet-20, size computed"),
+        (True, OURS, "ours, size of the file"),
+    ):
         shown = [n for n in networks if n.ours == ours]
         marker = {"edgecolors": color, "facecolors": color if ours else "white", "linewidths": 1.6, "zorder": 3}
         axes.scatter([n.size for n in shown], [n.accuracy for n in shown], 60, label=text, **marker)
-    for n in (n for n in networks if n.ours):
-        if any(o.ours and o.size == n.size and 0 < o.accuracy - n.accuracy < 0.5 for o in networks):
-            continue  # its name would cover the other's
-        best = n.accuracy >= max(other.accuracy for other in PUBLISHED if other.binary == n.binary)
-        place = {"xytext": (0, 8), "va": "bottom"} if best else {"xytext": (0, -8), "va": "top"}
-        at = {"xy": (n.size, n.accuracy), "textcoords": "offset points", "ha": "center"}
-        axes.annotate(name(n), color=OURS, fontsize=10.5, **place, **at)
+    for n in (n for n in networks if n.ours and not n.binary):
+        at = {"xy": (n.size, n.accuracy), "xytext": (10, 8), "textcoords": "offset points", "ha": "right"}
+        axes.annotate(name(n), color=OURS, fontsize=10.5, va="bottom", **at)
+    for arch in dict.fromkeys(n.name.split(",")[0] for n in networks if n.ours):
+        of_arch = [n for n in networks if n.ours and n.binary and n.name.split(",")[0] == arch]
+        write_names(of_arch, axes, left=True, color=OURS)
     write_names([n for n in networks if not n.ours and n.binary], axes, left=False)
     write_names([n for n in networks if not n.ours and not n.binary], axes, left=True)
     axes.legend(loc="upper left", fontsize=10.5, frameon=False)
@@ -120,11 +125,14 @@ def draw(networks: list[Network]) -> Figure:
 
 
 def name(n: Network) -> str:
-    return f"{n.name}: {n.accuracy:.2f} %"
+    """Name and accuracy. The legend says that they are ResNet-20s."""
+    return f"{n.name.removeprefix('ResNet-20, ')}: {n.accuracy:.2f} %"
 
 
-def write_names(networks: list[Network], axes: Axes, *, left: bool) -> None:
+def write_names(networks: list[Network], axes: Axes, *, left: bool, color: str = INK) -> None:
     """Write the names in a column beside the points, from the top down, with a line from each to its point."""
+    if not networks:
+        return
     line = 0.05 * (axes.get_ylim()[1] - axes.get_ylim()[0])
     x = min(n.size for n in networks) / 1.2 if left else max(n.size for n in networks) * 1.2
     leader = {"arrowstyle": "-", "color": OTHERS, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 4, "relpos": (left, 0.5)}
@@ -132,7 +140,7 @@ def write_names(networks: list[Network], axes: Axes, *, left: bool) -> None:
     for n in sorted(networks, key=lambda n: -n.accuracy):
         y = min(n.accuracy, y - line)
         place = {"xytext": (x, y), "ha": "right" if left else "left", "va": "center"}
-        axes.annotate(name(n), (n.size, n.accuracy), color=INK, fontsize=10.5, arrowprops=leader, **place)
+        axes.annotate(name(n), (n.size, n.accuracy), color=color, fontsize=10.5, arrowprops=leader, **place)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ A checkpoint of ours is a dictionary of plain values and tensors, readable with 
     state_dict      the bare network's, no wrapper prefixes
     epoch, metrics, config, versions, logit_scale, source_sha256
     quantizer       how latent weights become binary ones; where it is missing, "deterministic_sign"
-    training        in checkpoint_last.pth only: optimizers, schedules, position, best so far, history
+    training        in checkpoint_last.pth only: optimizers, random generators, history, best so far
     checksum        SHA-256 of all the rest
 
 Loading also takes what others have saved: see `load` and foreign.py.
