@@ -70,9 +70,7 @@ def our_networks(folder: Path = ROOT / "pretrained") -> list[Network]:
         if binary or loaded.kind == "float":
             accuracy = loaded.raw["accuracy"] if binary else loaded.metrics["test_accuracy"]
             which = path.stem.removeprefix(loaded.arch).removesuffix("_1bit").replace("_binary", "").strip("_")
-            name = loaded.arch.replace("resnet", "ResNet-") + (
-                f", {which or 'with a teacher'}" if binary else ", float32"
-            )
+            name = f"{loaded.arch.replace('resnet', 'ResNet-')}, {(which or 'best') if binary else 'float32'}"
             found.append(Network(name, accuracy, path.stat().st_size, binary, ours=True))
     return found
 
@@ -106,9 +104,9 @@ def draw(networks: list[Network]) -> Figure:
     for n in (n for n in networks if n.ours and not n.binary):
         at = {"xy": (n.size, n.accuracy), "xytext": (10, 8), "textcoords": "offset points", "ha": "right"}
         axes.annotate(name(n), color=OURS, fontsize=10.5, va="bottom", **at)
-    for arch in dict.fromkeys(n.name.split(",")[0] for n in networks if n.ours):
-        of_arch = [n for n in networks if n.ours and n.binary and n.name.split(",")[0] == arch]
-        write_names(of_arch, axes, left=True, color=OURS)
+    ours = [n for n in networks if n.ours and n.binary]
+    for arch in {n.name.split(",")[0] for n in ours}:
+        write_names([n for n in ours if n.name.split(",")[0] == arch], axes, left=True, color=OURS)
     write_names([n for n in networks if not n.ours and n.binary], axes, left=False)
     write_names([n for n in networks if not n.ours and not n.binary], axes, left=True)
     axes.legend(loc="upper left", fontsize=10.5, frameon=False)
@@ -131,8 +129,6 @@ def name(n: Network) -> str:
 
 def write_names(networks: list[Network], axes: Axes, *, left: bool, color: str = INK) -> None:
     """Write the names in a column beside the points, from the top down, with a line from each to its point."""
-    if not networks:
-        return
     line = 0.05 * (axes.get_ylim()[1] - axes.get_ylim()[0])
     x = min(n.size for n in networks) / 1.2 if left else max(n.size for n in networks) * 1.2
     leader = {"arrowstyle": "-", "color": OTHERS, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 4, "relpos": (left, 0.5)}
