@@ -85,7 +85,7 @@ def choose_compile(wanted: bool | None, device: torch.device, *, required: bool)
     """Whether to compile the network, and a one-line notice if the answer needs one.
 
     wanted: True or False as the user or the run that is resumed has it, or None for the default: on CUDA devices
-    where it works, not on CPUs, where it was between 5 % slower and 23 % faster (docs/speed.md).
+    where it works, not on CPUs, where it was between 5 % slower and 31 % faster (docs/speed.md).
     Raises UserError where it is `required`, that is, --compile was typed, and does not work.
     """
     if wanted is False or (wanted is None and device.type != "cuda"):
