@@ -104,9 +104,9 @@ def draw(networks: list[Network]) -> Figure:
     for n in (n for n in networks if n.ours and not n.binary):
         at = {"xy": (n.size, n.accuracy), "xytext": (10, 8), "textcoords": "offset points", "ha": "right"}
         axes.annotate(name(n), color=OURS, fontsize=10.5, va="bottom", **at)
-    ours = [n for n in networks if n.ours and n.binary]
-    for arch in {n.name.split(",")[0] for n in ours}:
-        write_names([n for n in ours if n.name.split(",")[0] == arch], axes, left=True, color=OURS)
+    packed = [n for n in networks if n.ours and n.binary]
+    for size in sorted({n.size for n in packed}):  # a column for each architecture
+        write_names([n for n in packed if n.size == size], axes, left=True, color=OURS)
     write_names([n for n in networks if not n.ours and n.binary], axes, left=False)
     write_names([n for n in networks if not n.ours and not n.binary], axes, left=True)
     axes.legend(loc="upper left", fontsize=10.5, frameon=False)
@@ -123,7 +123,7 @@ def draw(networks: list[Network]) -> Figure:
 
 
 def name(n: Network) -> str:
-    """Name and accuracy. The legend says that they are ResNet-20s."""
+    """Name and accuracy; "ResNet-20", which most of them are, is left out."""
     return f"{n.name.removeprefix('ResNet-20, ')}: {n.accuracy:.2f} %"
 
 
