@@ -30,6 +30,7 @@ SCORED_BY = {
 def test_the_table_names_every_file() -> None:
     assert SHIPPED
     assert set(SHIPPED) == {path.name for path in FOLDER.glob("*.pth")}
+    assert all(name.endswith(tuple(SCORED_BY)) for name in SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
