@@ -109,7 +109,7 @@ def draw(networks: list[Network]) -> Figure:
         write_names([n for n in packed if n.size == size], axes, left=True, color=OURS)
     write_names([n for n in networks if not n.ours and n.binary], axes, left=False)
     write_names([n for n in networks if not n.ours and not n.binary], axes, left=True)
-    axes.legend(loc="upper left", fontsize=10.5, frameon=False)
+    axes.legend(loc="best", fontsize=10.5, frameon=False)
     axes.set_xlabel("size on disk (log scale)", fontsize=10.5)
     axes.set_ylabel("test accuracy", fontsize=10.5)
     axes.set_xticks([size for size in TICKS if axes.get_xlim()[0] < size < axes.get_xlim()[1]])
