@@ -21,6 +21,7 @@ _ROOT = pathlib.Path(__file__).resolve().parent
 _PRETRAINED = {
     "resnet20": ("resnet20_float.pth", 92.60),
     "resnet20_binary": ("resnet20_binary_1bit.pth", 91.49),
+    "resnet56": ("resnet56_float.pth", 93.71),
     "resnet56_binary": ("resnet56_binary_1bit.pth", 92.51),
 }
 
