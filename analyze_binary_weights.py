@@ -205,7 +205,7 @@ def draw(path: Path, title: str, weights: dict[str, Tensor], *, clipped: bool) -
         _draw_histogram(axes, w, clipped, bins=41)
         axes.set_title(f"{name}  {'x'.join(map(str, w.shape))}", fontsize=8.5)
         axes.tick_params(labelsize=7)
-        axes.locator_params(axis="x", nbins=6)  # more labels as long as -0.025 would touch
+        axes.locator_params(axis="x", nbins=5)  # more labels as long as -0.00025 would touch
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=90))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -295,6 +296,27 @@ def test_the_picture_takes_any_weights(tmp_path: Path, clipped: bool, monkeypatc
     analyze.draw(tmp_path / "x.png", "title", weights, clipped=clipped)
     assert (tmp_path / "x.png").stat().st_size > 10_000
     assert left[0] >= 0
+
+
+def test_the_tick_labels_of_a_small_panel_do_not_touch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the first range touched in a ResNet-56 once, those of the next two are the longest."""
+    gaps, save = [], Figure.savefig
+
+    def look(figure: Figure, *args: object, **more: object) -> None:
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        figure.draw(renderer)
+        for axes in figure.axes[1:]:
+            low, high = axes.get_xlim()
+            shown = [label for label in axes.get_xticklabels() if low <= label.get_position()[0] <= high]
+            boxes = [label.get_window_extent(renderer) for label in shown]
+            gaps.append(min(right.x0 - left.x1 for left, right in pairwise(boxes)))
+        save(figure, *args, **more)
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    weights = {str(reach): torch.linspace(-reach, reach, 99) for reach in (0.0781, 0.00139, 0.000139, 1.0)}
+    analyze.draw(tmp_path / "x.png", "title", weights, clipped=False)
+    assert len(gaps) == len(weights)
+    assert min(gaps) > 1  # pixels
 
 
 def test_bad_input_is_named(tmp_path: Path, call: Callable) -> None:
